@@ -1,0 +1,59 @@
+# What a developer runs, each from a bare clone. `make` alone lists it.
+
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/ready
+EXTRAS := demo,dev
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test stress lint clean
+
+help:
+	@echo 'make setup    .venv with etha (editable) and what development needs; quick when nothing changed'
+	@echo 'make demo     an agent, a trainer and an evaluator; options: make demo ARGS="--steps 1000"'
+	@echo 'make test     ruff, mypy --strict and the tests'
+	@echo 'make lint     ruff and mypy alone'
+	@echo 'make stress   the tests at their full counts: long'
+	@echo 'make clean    remove builds and caches; .venv stays'
+
+# Everything that an installation depends on, by content: times mean nothing after a clone or a checkout.
+define SETUP
+set -eu
+identify='import sys; print(sys.version, sys.base_prefix)'
+python="$$($(PYTHON) -c "$$identify")"
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+  || { echo 'etha needs Python 3.11 or newer: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+wanted="$$(pwd) $$python $(EXTRAS) $$(cat pyproject.toml constraints.txt | sha256sum)"
+if [ -x $(BIN)/python ] && [ "$$(cat $(READY) 2>/dev/null)" = "$$wanted" ]; then exit 0; fi
+if [ "$$($(BIN)/python -c "$$identify" 2>/dev/null)" != "$$python" ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then
+  $(PYTHON) -m venv --clear .venv
+fi
+rm -f $(READY)
+echo 'make setup: installing what constraints.txt pins into .venv'
+$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+printf '%s\n' "$$wanted" > $(READY)
+endef
+export SETUP
+
+setup:
+	@sh -c "$$SETUP"
+
+demo: setup
+	$(BIN)/etha demo $(ARGS)
+
+lint: setup
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy --strict etha
+
+test: lint
+	$(BIN)/python -m pytest --durations=15 -m "not stress and not cuda"
+
+stress: setup
+	$(BIN)/python -m pytest -o faulthandler_timeout=7200 -m "stress and not cuda"
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find etha tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

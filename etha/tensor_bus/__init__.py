@@ -1,0 +1,27 @@
+"""The bus: one process's tensors under a name, other processes reading them in place.
+
+From the bottom up; a module imports only what stands above it in this list::
+
+    ipc                                   memory of another process: records, host backend, mappings, views
+    clock, paths, records                 deadlines; where files are; how records become bytes
+    environments, lockfile                LMDB files, once per process; who serves a path
+    commands, command_queue, state        what workers ask; what the agent knows
+    packets, wire                         what crosses the connection, and how
+    claims, claim_table, waiting,         the rules: pure, no I/O
+      verdicts, access, naming, registry
+    pending, connection, reach, link      a worker's end of the connection
+    copying, lease, publication,          what a user holds
+      subscription, tracer, client,
+      bootstrap
+    premises, sessions, front_door,       the agent itself
+      memory, journal, service, agent
+"""
+
+from etha.tensor_bus.bootstrap import BootstrapInfo as BootstrapInfo
+from etha.tensor_bus.bootstrap import bootstrap_client as bootstrap_client
+from etha.tensor_bus.bootstrap import setup_ptrace as setup_ptrace
+from etha.tensor_bus.client import TensorBusClient as TensorBusClient
+from etha.tensor_bus.lease import Lease as Lease
+from etha.tensor_bus.publication import Publication as Publication
+from etha.tensor_bus.publication import Reader as Reader
+from etha.tensor_bus.subscription import Subscription as Subscription

@@ -1,0 +1,296 @@
+"""What the registry keeps: workers, publications, and their claims on one another. Data and one table, no I/O.
+
+A *claim* is anything that a worker waits for or holds: a lease on a version, an update, an import (the right to have
+the memory mapped), a registration, a closing. A claim waits, then is granted or fails; granted leases, updates and
+imports last until they are released, revoked, or their process dies.
+
+`TRANSITIONS` is the whole life of a publication. What is not in it cannot happen: `Publication.move` raises.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Final
+
+from etha.tensor_bus.ipc.manifest import Manifest
+
+Actor = tuple[int, int]
+"""A thread: (pid by the kernel's word, thread id as it says). Waiting is done by threads, so cycles are sought among
+them."""
+
+ClaimId = tuple[bytes, int]
+"""(client id, number). Commands and requests of one client count apart, hence `command_number`."""
+
+_COMMAND_BIT: Final = 1 << 63
+
+
+def command_number(sequence: int) -> int:
+    """The claim number of a command."""
+    return sequence | _COMMAND_BIT
+
+
+def command_sequence(number: int) -> int | None:
+    """The sequence of the command that a claim number stands for, or None for a request."""
+    return number ^ _COMMAND_BIT if number & _COMMAND_BIT else None
+
+
+class Phase(enum.StrEnum):
+    """Where a publication stands."""
+
+    OPENING = "opening"
+    READY = "ready"
+    WRITING = "writing"
+    TORN = "torn"
+    CLOSING = "closing"
+    CLOSED = "closed"
+    DEAD = "owner died"
+
+
+class Event(enum.Enum):
+    """What moves a publication."""
+
+    OPENED = enum.auto()
+    UPDATE = enum.auto()
+    PUBLISH = enum.auto()
+    ABANDON = enum.auto()
+    WITHDRAW = enum.auto()
+    CLOSE = enum.auto()
+    REOPEN = enum.auto()
+    END = enum.auto()
+    OWNER_DIED = enum.auto()
+
+
+RESTING: Final = (Phase.READY, Phase.TORN)
+"""Phases in which no one writes and no one closes; `Publication.rest` is the last one of them."""
+
+LIVE: Final = (Phase.OPENING, Phase.READY, Phase.WRITING, Phase.TORN, Phase.CLOSING)
+
+TRANSITIONS: Final[dict[tuple[Phase, Event], Phase | None]] = {
+    # None: back to where it rested before.
+    (Phase.OPENING, Event.OPENED): Phase.READY,
+    (Phase.READY, Event.PUBLISH): Phase.READY,
+    (Phase.READY, Event.UPDATE): Phase.WRITING,
+    (Phase.READY, Event.CLOSE): Phase.CLOSING,
+    (Phase.TORN, Event.PUBLISH): Phase.READY,
+    (Phase.TORN, Event.UPDATE): Phase.WRITING,
+    (Phase.TORN, Event.CLOSE): Phase.CLOSING,
+    (Phase.WRITING, Event.PUBLISH): Phase.READY,
+    (Phase.WRITING, Event.ABANDON): Phase.TORN,
+    (Phase.WRITING, Event.WITHDRAW): None,
+    (Phase.CLOSING, Event.REOPEN): None,
+    **{(phase, Event.END): Phase.CLOSED for phase in LIVE},
+    **{(phase, Event.OWNER_DIED): Phase.DEAD for phase in LIVE},
+}
+
+
+class ImpossibleTransition(Exception):
+    """The registry tried what the table does not know: a mistake in etha, never in a caller."""
+
+
+@dataclass(slots=True, eq=False)
+class Client:
+    """A worker's client: a connection, and the process behind it."""
+
+    id: bytes
+    pid: int
+    label: str
+    since: float
+    connected: bool = True
+    claims: set[ClaimId] = field(default_factory=set)
+    publications: set[int] = field(default_factory=set)
+
+    @property
+    def busy(self) -> bool:
+        """True while it has a claim or a publication."""
+        return bool(self.claims or self.publications)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Claim:
+    """What all claims have.
+
+    Attributes:
+        client, number: its identity.
+        actor, label: the thread that asked, and its process for people.
+        name: the publication's name.
+        generation: the publication; 0 while it waits for one to exist.
+        deadline: ``CLOCK_BOOTTIME`` seconds; a wait fails after it.
+        since: when it was asked for; from the grant on, when it was granted.
+        order: position among all arrivals.
+        judged: whether it has been compared with all other waits, and may have an effect on others.
+    """
+
+    client: bytes
+    number: int
+    actor: Actor
+    label: str
+    name: str
+    generation: int
+    deadline: float
+    since: float
+    order: int = 0
+    granted: bool = False
+    judged: bool = False
+
+    @property
+    def id(self) -> ClaimId:
+        return (self.client, self.number)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Lease(Claim):
+    """A read of one version: ``exact``, or the newest that is at least ``minimum``.
+
+    From the grant on: ``version``, and the publication's ``writes`` and ``guarded`` at that moment.
+    """
+
+    exact: int | None = None
+    minimum: int = 0
+    version: int | None = None
+    writes: int = 0
+    guarded: bool = True
+
+    def satisfied_by(self, version: int) -> bool:
+        return version == self.exact if self.exact is not None else version >= self.minimum
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Update(Claim):
+    """An owner's exclusive write; ``revoke`` ends the leases that are still out at the deadline."""
+
+    revoke: bool = False
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Import(Claim):
+    """The right to have a publication's memory mapped, and with it a subscription."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Registration(Claim):
+    """A name asked for, with what shall stand under it."""
+
+    manifest: Manifest
+    version: int
+    replace: bool = False
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Closing(Claim):
+    """An owner's wish to have its memory back."""
+
+
+@dataclass(slots=True, eq=False)
+class Publication:
+    """One generation of one name.
+
+    Attributes:
+        generation: its number, larger than that of every publication before.
+        number: claim number of the registration that made it.
+        version: the newest whole version.
+        rest: the phase it returns to when what is going on is withdrawn.
+        writes: how many updates have begun.
+        guarded: False when ``version`` was published without excluding readers.
+        memory_open: the agent has, or is opening, mappings of its own.
+        registration: not answered yet: its memory is being opened.
+        update: the granted one.
+        queue: leases, updates and closings that wait, in order of arrival.
+        leases, imports: the granted ones.
+        closings: closings begun, answered when the agent's own mapping is closed too.
+        wanted_recorded: what `wanted` was when it was last recorded.
+    """
+
+    generation: int
+    name: str
+    owner: bytes
+    number: int
+    manifest: Manifest
+    version: int
+    since: float
+    phase: Phase = Phase.OPENING
+    rest: Phase = Phase.READY
+    writes: int = 0
+    guarded: bool = True
+    memory_open: bool = True
+    registration: Registration | None = None
+    update: Update | None = None
+    queue: list[Claim] = field(default_factory=list)
+    leases: dict[ClaimId, Lease] = field(default_factory=dict)
+    imports: dict[ClaimId, Import] = field(default_factory=dict)
+    closings: list[Closing] = field(default_factory=list)
+    wanted_recorded: bool = False
+
+    @property
+    def live(self) -> bool:
+        return self.phase in LIVE
+
+    @property
+    def open(self) -> bool:
+        """True while it may be subscribed to."""
+        return self.phase in (*RESTING, Phase.WRITING)
+
+    @property
+    def over(self) -> bool:
+        """True once it has ended and nobody holds anything of it, the agent included."""
+        return not (self.live or self.memory_open or self.imports or self.leases)
+
+    @property
+    def wanted(self) -> bool:
+        """True while an update or a closing waits."""
+        return self.phase is Phase.CLOSING or any(isinstance(claim, Update | Closing) for claim in self.queue)
+
+    def wanted_changed(self) -> bool:
+        """Whether `wanted` is not what it was at the last call."""
+        before, self.wanted_recorded = self.wanted_recorded, self.wanted
+        return before != self.wanted_recorded
+
+    def waiting_reads(self) -> list[Lease]:
+        """The reads that wait, in order."""
+        return [claim for claim in self.queue if isinstance(claim, Lease)]
+
+    def lent_to(self, actor: Actor) -> bool:
+        """Whether this thread holds a lease on the newest version."""
+        return any(lease.actor == actor and lease.version == self.version for lease in self.leases.values())
+
+    def waiting_updates(self) -> list[Update]:
+        """The updates that wait, in order."""
+        return [claim for claim in self.queue if isinstance(claim, Update)]
+
+    def lend(self, claim: Lease) -> None:
+        """Turn a waiting read into a lease on the newest version."""
+        self.queue.remove(claim)
+        claim.version = self.version
+        claim.writes = self.writes
+        claim.guarded = self.guarded
+        self.leases[claim.id] = claim
+
+    def hand_over(self, claim: Update) -> None:
+        """Turn a waiting update into the one that writes."""
+        self.queue.remove(claim)
+        self.update = claim
+        self.writes += 1
+        self.move(Event.UPDATE)
+
+    def detach(self, claim: Claim) -> None:
+        """Take a claim out of every list that it may stand in."""
+        if claim in self.queue:
+            self.queue.remove(claim)
+        if isinstance(claim, Closing) and claim in self.closings:
+            self.closings.remove(claim)
+        self.leases.pop(claim.id, None)
+        self.imports.pop(claim.id, None)
+
+    def move(self, event: Event) -> None:
+        """Follow the table.
+
+        Raises:
+            ImpossibleTransition: the table does not know this event in this phase.
+        """
+        try:
+            target = TRANSITIONS[self.phase, event]
+        except KeyError:
+            raise ImpossibleTransition(f"{event} while {self.phase} ({self.name!r})") from None
+        self.phase = self.rest if target is None else target
+        if self.phase in RESTING:
+            self.rest = self.phase

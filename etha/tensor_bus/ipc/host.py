@@ -1,0 +1,326 @@
+"""Host memory: torch's shared-memory storages, by descriptor.
+
+Torch shares host memory in two ways (``torch.multiprocessing.set_sharing_strategy``), and both end in a file of tmpfs
+that is mapped under the storage:
+
+* ``file_descriptor``: the file has no name any more, torch keeps a descriptor, bytes start at the mapping's first;
+* ``file_system``: the file keeps its name in /dev/shm, torch keeps no descriptor, bytes start behind torch's counter.
+
+The kernel says which (/proc/self/maps), not torch: asking a storage of the second way for a descriptor
+(``_share_fd_cpu_``) would copy and move it (torch ``csrc/StorageSharing.cpp``).
+
+This module imports torch only when it is given tensors.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from etha.errors import InvalidArgument, InvalidRecord, NotShareable, StaleHandle, SystemLimit
+from etha.tensor_bus.ipc import libc, maps
+from etha.tensor_bus.ipc.descriptors import SharedFd, reserve_descriptors
+from etha.tensor_bus.ipc.export import Export
+from etha.tensor_bus.ipc.manifest import (
+    HostAllocation,
+    Manifest,
+    Storage,
+    TensorSpec,
+    name_fault,
+    validate,
+)
+from etha.tensor_bus.ipc.shareable import Refusal, dtype_name, refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+__all__ = ["Export", "HostMapping", "SharedFd", "check_descriptor", "export", "open_allocation"]
+
+_SHM_DIRECTORY: Final = "/dev/shm/"
+"""Where shm_open(3) of glibc, and so torch, puts its files."""
+
+_NO_DESCRIPTOR: Final = -1
+
+_SHARE_REMEDY: Final = (
+    "Move it there before NumPy views or an optimizer are built on it: module.share_memory() or tensor.share_memory_()."
+)
+_CLONE_REMEDY: Final = "Register clone().share_memory_()."
+
+
+@dataclass(eq=False)
+class HostMapping:
+    """One allocation in this process's address space; not unmapped until `close`, whatever is collected.
+
+    Attributes:
+        allocation: what is mapped.
+        address: of its first byte; 0 once closed.
+        size: bytes mapped, as the allocation claims.
+    """
+
+    allocation: HostAllocation
+    address: int
+    size: int
+
+    def close(self) -> None:
+        """Unmap; idempotent. The caller answers for it that no view is left.
+
+        Raises:
+            SystemLimit: the kernel could not unmap; nothing has changed.
+        """
+        if self.address:
+            libc.unmap(self.address, self.size)
+            self.address = 0
+
+
+def export(tensors: Mapping[str, object]) -> Export:
+    """Describe and pin the memory under ``tensors``; nothing is copied, moved or written.
+
+    One tensor object under several names stays one. Tensors over one storage stay over one, storages in one file
+    are one allocation. A tensor without elements needs no memory and may lie anywhere.
+
+    Args:
+        tensors: by name; each in torch shared memory on the CPU.
+
+    Returns:
+        The export. Its descriptors are open until `Export.close_fds`.
+
+    Raises:
+        InvalidArgument: not a mapping, or a name that is no string, empty, or too long.
+        NotShareable: ``resource`` names the tensor; the text says why, and what to do. Nothing is left open.
+        SystemLimit: more descriptors are needed than the hard limit allows.
+    """
+    import torch
+
+    named = _checked_names(tensors)
+    table = maps.RegionTable(maps.read())
+    with torch._C.DisableTorchFunction():
+        survey = _Survey(table)
+        for name, value in named.items():
+            fault = refusal(value, "cpu")
+            if fault is not None:
+                raise fault.error(name)
+            if isinstance(value, torch.Tensor):
+                survey.add(name, value)
+    reserve_descriptors(sum(not source.region.deleted for source in survey.sources), len(survey.sources))
+    fds: list[SharedFd] = []
+    try:
+        for source in survey.sources:
+            fds.append(source.open())  # noqa: PERF401 - what was opened must be known if one fails
+        manifest = Manifest(
+            allocations=tuple(source.allocation for source in survey.sources),
+            storages=tuple(survey.storages),
+            tensors=tuple(survey.specs),
+            names=survey.names,
+        )
+        _check_own(manifest)
+        return Export(manifest, tuple(fds), survey.tensors, survey.kept)
+    except BaseException:
+        _close_all(fds)
+        raise
+
+
+def check_descriptor(fd: int, allocation: HostAllocation) -> None:
+    """Refuse a descriptor that is not the file its claim names, or is shorter than claimed.
+
+    Args:
+        fd: received from the owner; neither kept nor closed.
+        allocation: from a manifest that has passed `validate`.
+
+    Raises:
+        StaleHandle: another file than claimed.
+        InvalidRecord: no regular file, or shorter than claimed: a load behind its end would be a SIGBUS.
+    """
+    resource = f"{allocation.device}:{allocation.inode}"
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode):
+        raise InvalidRecord("A descriptor for shared memory is no regular file.", resource=resource)
+    if (found.st_dev, found.st_ino) != (allocation.device, allocation.inode):
+        raise StaleHandle(
+            f"A descriptor leads to file {found.st_dev}:{found.st_ino}, not to {resource} as claimed.",
+            resource=resource,
+            remedy="Subscribe again; the owner has registered other memory since.",
+        )
+    if found.st_size < allocation.size:
+        raise InvalidRecord(
+            f"Shared memory of {found.st_size} bytes is shorter than claimed ({allocation.size}).",
+            resource=resource,
+        )
+
+
+def open_allocation(fd: int, allocation: HostAllocation, *, writable: bool = False) -> HostMapping:
+    """Map an allocation, after its descriptor has been checked; forked children do not get the mapping.
+
+    Args:
+        fd: neither kept nor closed; the mapping outlives it.
+        allocation: from a manifest that has passed `validate`.
+        writable: False makes a write end this process with SIGSEGV.
+
+    Raises:
+        StaleHandle: the descriptor leads to another file than claimed.
+        InvalidRecord: the file is shorter than claimed, or the descriptor does not permit the mapping.
+        SystemLimit: no mapping or no address space is left.
+    """
+    check_descriptor(fd, allocation)
+    try:
+        address = libc.map_shared(fd, allocation.size, writable=writable)
+    except SystemLimit:
+        raise
+    except OSError as error:
+        raise InvalidRecord(
+            f"Shared memory {allocation.device}:{allocation.inode} cannot be mapped: {error.strerror}."
+        ) from error
+    return HostMapping(allocation, address, allocation.size)
+
+
+class _Source:
+    """The file behind one allocation, and how to get a descriptor of it.
+
+    Attributes:
+        name: of the first tensor in it.
+        region: where it is mapped.
+        allocation: set by `open`.
+    """
+
+    def __init__(self, name: str, region: maps.Region, storage: torch.UntypedStorage) -> None:
+        self.name = name
+        self.region = region
+        self._storage = storage
+        self.allocation = HostAllocation(region.device, region.inode, 0)
+
+    def open(self) -> SharedFd:
+        """A descriptor of exactly the mapped file, whose size is asked on the way."""
+        fd = self._borrow() if self.region.deleted else self._by_name()
+        found = os.fstat(fd.fileno())
+        if (found.st_dev, found.st_ino) != (self.region.device, self.region.inode):
+            fd.close()
+            raise self._refuse(f"lies in a file that is no longer {self.region.path}", _CLONE_REMEDY)
+        self.allocation = HostAllocation(found.st_dev, found.st_ino, found.st_size)
+        return fd
+
+    def _borrow(self) -> SharedFd:
+        # Only a mapping of torch's own that begins with the storage is of the kind that keeps its descriptor: any
+        # other storage would be copied and moved by the question.
+        if not (self._storage.is_shared() and self._storage.data_ptr() == self.region.start):
+            raise self._refuse("lies in shared memory whose name is gone", _CLONE_REMEDY)
+        number, _ = self._storage._share_fd_cpu_()
+        if number == _NO_DESCRIPTOR:
+            raise self._refuse("lies in shared memory of which torch kept no descriptor", _CLONE_REMEDY)
+        return SharedFd(number, owned=False, keeper=self._storage)
+
+    def _by_name(self) -> SharedFd:
+        # O_NONBLOCK: should the name lead to a FIFO by now, open() must not wait for its other end.
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            return SharedFd(os.open(self.region.path, flags), owned=True)
+        except OSError as error:
+            limit = libc.system_limit(error, f"opening {self.region.path}")
+            if limit is not None:
+                raise limit from error
+            raise self._refuse(
+                f"lies in {self.region.path}, which cannot be opened ({error.strerror})", _CLONE_REMEDY
+            ) from error
+
+    def _refuse(self, reason: str, remedy: str) -> NotShareable:
+        return Refusal(reason, remedy).error(self.name)
+
+
+class _Survey:
+    """Collects the tables of a manifest, tensor by tensor, without opening anything."""
+
+    def __init__(self, table: maps.RegionTable) -> None:
+        self._table = table
+        self.sources: list[_Source] = []
+        self.storages: list[Storage] = []
+        self.kept: list[torch.UntypedStorage | None] = []
+        self.specs: list[TensorSpec] = []
+        self.names: dict[str, int] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._spec_of: dict[int, int] = {}
+        self._storage_of: dict[int, int] = {}
+        self._source_of: dict[tuple[int, int], int] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Describe one tensor; a tensor object met before only gets another name."""
+        row = self._spec_of.get(id(tensor))
+        if row is None:
+            row = self._spec_of[id(tensor)] = len(self.specs)
+            self.specs.append(
+                TensorSpec(
+                    storage=self._storage_row(name, tensor),
+                    dtype=dtype_name(tensor.dtype),
+                    shape=tuple(tensor.shape),
+                    stride=tuple(tensor.stride()),
+                    offset=int(tensor.storage_offset()) * tensor.element_size(),
+                )
+            )
+        self.names[name] = row
+        self.tensors[name] = tensor
+
+    def _storage_row(self, name: str, tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage()
+        if tensor.numel() == 0 or storage.nbytes() == 0:
+            return self._append(Storage(allocation=-1, offset=0, nbytes=0), None)
+        row = self._storage_of.get(storage._cdata)
+        if row is None:
+            row = self._storage_of[storage._cdata] = self._locate(name, storage)
+        return row
+
+    def _locate(self, name: str, storage: torch.UntypedStorage) -> int:
+        address, nbytes = storage.data_ptr(), storage.nbytes()
+        region = self._table.find(address, nbytes)
+        if region is None:
+            raise Refusal("is not in shared memory", _SHARE_REMEDY).error(name)
+        if not (region.deleted or region.path.startswith(_SHM_DIRECTORY)):
+            raise Refusal(f"lies in the file {region.path}, not in shared memory", _CLONE_REMEDY).error(name)
+        identity = (region.device, region.inode)
+        source = self._source_of.get(identity)
+        if source is None:
+            source = self._source_of[identity] = len(self.sources)
+            self.sources.append(_Source(name, region, storage))
+        return self._append(Storage(source, region.offset + address - region.start, nbytes), storage)
+
+    def _append(self, storage: Storage, kept: torch.UntypedStorage | None) -> int:
+        self.storages.append(storage)
+        self.kept.append(kept)
+        return len(self.storages) - 1
+
+
+def _checked_names(tensors: object) -> dict[str, object]:
+    from collections.abc import Mapping as AnyMapping
+
+    if not isinstance(tensors, AnyMapping):
+        raise InvalidArgument(
+            f"tensors is a {type(tensors).__qualname__}, not a mapping of names to tensors.",
+            remedy="Give dict(module.named_parameters()), for example.",
+        )
+    named: dict[str, object] = {}
+    for name, value in tensors.items():
+        if not isinstance(name, str):
+            raise InvalidArgument(f"The tensor name {name!r} is no string.", resource=repr(name))
+        fault = name_fault(name)
+        if fault is not None:
+            raise InvalidArgument(f"A tensor name {fault}.", resource=ascii(name[:64]))
+        named[name] = value
+    return named
+
+
+def _check_own(manifest: Manifest) -> None:
+    """Hold our own manifest to the rule for others': what fails here is the tensors' fault, not a peer's."""
+    try:
+        validate(manifest)
+    except InvalidRecord as error:
+        raise NotShareable(
+            f"{error.message} Its storage was shrunk, or its file truncated.",
+            resource=error.resource,
+            remedy=_CLONE_REMEDY,
+        ) from error
+
+
+def _close_all(fds: Iterable[SharedFd]) -> None:
+    for fd in fds:
+        fd.close()

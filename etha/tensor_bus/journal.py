@@ -1,0 +1,205 @@
+"""From the registry to the state LMDB: everything that changed in one turn of the control loop is one transaction.
+
+Only when that is committed are the effects carried out, so no worker is told of what a reader of the state could not
+see.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from typing import Final
+
+import msgspec
+
+from etha.errors import QueueFull, SystemLimit
+from etha.tensor_bus.claims import Claim, ClaimId, Closing, Import, Lease, Publication, Registration, Update
+from etha.tensor_bus.records import MAX_RECORD_BYTES
+from etha.tensor_bus.registry import Registry
+from etha.tensor_bus.state import (
+    MAP_SIZE,
+    ClaimRecord,
+    ClientRecord,
+    OutcomeRecord,
+    PublicationRecord,
+    ServedRecord,
+    StateWriter,
+    VersionRecord,
+    claim_key,
+    client_key,
+    memory_key,
+    outcome_key,
+    publication_key,
+    served_key,
+    version_key,
+)
+
+logger = logging.getLogger(__name__)
+
+_OUTCOMES_KEPT: Final = 64
+"""Per client: more than it has threads that wait."""
+
+MANIFEST_LIMIT: Final = MAX_RECORD_BYTES - (1 << 20)
+"""Bytes of one registration: its publication's record, with the owner's label, is a little longer."""
+
+MANIFESTS_LIMIT: Final = MAP_SIZE // 4
+"""Bytes of all registrations at a time. The rest is room for what else is recorded, for the copies that LMDB keeps of
+changed pages, and for the old pages that a reader which stands still holds on to."""
+
+_KINDS: Final[dict[type[Claim], str]] = {
+    Lease: "lease",
+    Update: "update",
+    Import: "import",
+    Registration: "register",
+    Closing: "close",
+}
+
+
+class Journal:
+    """Collects one turn's changes and commits them. Used by the control loop only."""
+
+    def __init__(self, writer: StateWriter, registry: Registry) -> None:
+        self._writer = writer
+        self._registry = registry
+        self._changes: dict[bytes, msgspec.Struct | None] = {}
+        self._recorded: dict[int, ClaimId] = {}
+        self._reserved: dict[ClaimId, int] = {}
+        self._reserved_bytes = 0
+        self._halted = False
+        self._outcomes: dict[bytes, deque[int]] = {}
+
+    def served(self, client: bytes, sequence: int) -> None:
+        """The client's commands up to ``sequence`` have had their effect."""
+        self._changes[served_key(client)] = ServedRecord(sequence)
+
+    def outcome(self, client: bytes, sequence: int, record: OutcomeRecord) -> None:
+        """What became of a command."""
+        kept = self._outcomes.setdefault(client, deque())
+        kept.append(sequence)
+        if len(kept) > _OUTCOMES_KEPT:
+            self._changes[outcome_key(client, kept.popleft())] = None
+        self._changes[outcome_key(client, sequence)] = record
+
+    def put(self, key: bytes, record: msgspec.Struct) -> None:
+        """Any other record."""
+        self._changes[key] = record
+
+    def forget_client(self, client: bytes) -> None:
+        """The client is gone: so are its records, its claims excepted, which the registry ends."""
+        self._changes[client_key(client)] = None
+        self._changes[served_key(client)] = None
+        for sequence in self._outcomes.pop(client, ()):
+            self._changes[outcome_key(client, sequence)] = None
+
+    def reserve(self, claim: ClaimId, name: str, size: int) -> None:
+        """Keep room for a registration, until its publication is forgotten or it has failed.
+
+        Raises:
+            QueueFull: it is too long, or there is no room for it beside those that are there.
+        """
+        if size > MANIFEST_LIMIT or self._reserved_bytes + size > MANIFESTS_LIMIT:
+            raise QueueFull(
+                f'the manifest of "{name}" has {size} bytes; one may have {MANIFEST_LIMIT}, and all together'
+                f" {MANIFESTS_LIMIT}, of which {self._reserved_bytes} are taken.",
+                resource=name,
+                remedy="Register fewer tensors at once, close publications, or use an agent of another rank too.",
+            )
+        self._reserved[claim] = size
+        self._reserved_bytes += size
+
+    def commit(self, now: float) -> None:
+        """Write everything that has changed since the last time that this succeeded.
+
+        Raises:
+            QueueFull, SystemLimit: nothing was written, and nothing of it is forgotten.
+        """
+        if self._registry.table.dirty:
+            self._collect(now)
+        if self._changes:
+            self._writer.write(self._changes)
+            self._changes = {}
+
+    def record(self, now: float) -> bool:
+        """`commit`, and say in the log that it fails, or that it does no more; whether it did not fail."""
+        try:
+            self.commit(now)
+        except (QueueFull, SystemLimit) as error:
+            if not self._halted:
+                stale = self._writer.oldest_reader() or "none"
+                logger.error("nothing can be recorded, so nothing is granted (oldest reader: %s): %s", stale, error)
+            self._halted = True
+            return False
+        if self._halted:
+            logger.error("it can be recorded again")
+        self._halted = False
+        return True
+
+    def _collect(self, now: float) -> None:
+        table = self._registry.table
+        dirty = table.take_dirty()
+        for claim_id in dirty.claims:
+            claim = table.claims.get(claim_id)
+            self._changes[claim_key(*claim_id)] = None if claim is None else _claim_record(claim)
+        for generation in dirty.publications:
+            self._collect_publication(generation, now)
+        recorded = self._recorded.values()
+        for claim_id in dirty.claims & self._reserved.keys():
+            if claim_id not in table.claims and claim_id not in recorded:
+                self._free(claim_id)
+        for client_id in dirty.clients:
+            client = table.clients.get(client_id)
+            if client is None:
+                self.forget_client(client_id)
+            else:
+                self._changes[client_key(client_id)] = ClientRecord(
+                    client.pid, client.label, client.connected, client.since
+                )
+
+    def _collect_publication(self, generation: int, now: float) -> None:
+        publication = self._registry.publications.get(generation)
+        if publication is None:
+            made_by = self._recorded.pop(generation, None)
+            if made_by is not None:
+                self._free(made_by)
+            for key in (publication_key(generation), version_key(generation), memory_key(generation)):
+                self._changes[key] = None
+            return
+        if generation not in self._recorded:
+            owner = self._registry.table.clients.get(publication.owner)
+            if owner is None:
+                return  # it came and went within one turn: nobody was told of it
+            self._recorded[generation] = (publication.owner, publication.number)
+            self._changes[publication_key(generation)] = PublicationRecord(
+                publication.name, owner.id, owner.pid, owner.label, publication.manifest, publication.since
+            )
+        self._changes[version_key(generation)] = _version_record(publication, now)
+
+    def _free(self, claim: ClaimId) -> None:
+        self._reserved_bytes -= self._reserved.pop(claim, 0)
+
+
+def _claim_record(claim: Claim) -> ClaimRecord:
+    return ClaimRecord(
+        kind=_KINDS[type(claim)],
+        granted=claim.granted,
+        generation=claim.generation,
+        name=claim.name,
+        version=(claim.version if claim.granted else claim.exact or claim.minimum)
+        if isinstance(claim, Lease)
+        else None,
+        pid=claim.actor[0],
+        thread=claim.actor[1],
+        label=claim.label,
+        since=claim.since,
+    )
+
+
+def _version_record(publication: Publication, now: float) -> VersionRecord:
+    return VersionRecord(
+        version=publication.version,
+        phase=publication.phase.value,
+        writes=publication.writes,
+        guarded=publication.guarded,
+        wanted=publication.wanted or not publication.live,
+        since=now,
+    )

@@ -1,0 +1,172 @@
+"""A lease: one version of a publication, in place, until it is given back.
+
+It is a context manager and a mapping from name to tensor. The tensors alias the owner's memory and are mapped
+read-only: a write through them ends the process with SIGSEGV. They stay valid memory after the lease, for as long as
+anyone keeps them, but from then on the owner may write while they are read.
+
+A lease ends at ``with``'s end, at `release`, or when it is collected (then with a `ResourceWarning`). It belongs to
+the thread that took it as far as the search for deadlocks goes; any thread may release it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from etha.errors import LeaseReleased, OwnerDiedError, TornError
+from etha.tensor_bus import packets
+from etha.tensor_bus.claims import Phase
+from etha.tensor_bus.copying import copy_tensors
+from etha.tensor_bus.link import Link
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Lease(Mapping[str, "torch.Tensor"]):
+    """One version, in place. Made by `Subscription.read` and by iterating over a `Subscription`.
+
+    Attributes:
+        name: the publication's name.
+        version: the version that is held.
+        guarded: False when the owner published it without waiting for readers, and so without excluding a write
+            under an older lease.
+    """
+
+    _held = False
+
+    def __init__(self, link: Link, name: str, generation: int, number: int) -> None:
+        self.name = name
+        self.version = -1
+        self.guarded = True
+        self._link = link
+        self._generation = generation
+        self._number = number
+        self._writes = 0
+        self._tensors: Mapping[str, torch.Tensor] = {}
+
+    def _hold(self, reply: packets.Leased, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._held = True
+        self.version = reply.version
+        self.guarded = reply.guarded
+        self._writes = reply.writes
+        self._tensors = tensors
+
+    def _give_back(self) -> None:
+        self._link.connection.tell(packets.Release(self._number))
+        self._held = False
+        self._tensors = {}
+
+    # -- the mapping ------------------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self._require_held()
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self._require_held()
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        self._require_held()
+        return len(self._tensors)
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    # -- the lease --------------------------------------------------------------------------------
+
+    @property
+    def wanted(self) -> bool:
+        """True when someone waits for this lease: an update, or the owner's closing. Costs a look at the state."""
+        self._require_held()
+        record = self._link.state.version(self._generation)
+        return record is None or record.wanted or record.writes != self._writes
+
+    def check(self) -> None:
+        """Make sure that what was read until now was one version.
+
+        On host memory this process's own work is done when its call returns, so nothing is waited for.
+
+        Raises:
+            TornError: a write began since the lease was granted: it was revoked, or its owner died writing.
+            OwnerDiedError, AgentGone: the publication, or the agent, is gone, and whether it was whole cannot be told.
+            LeaseReleased: the lease is over.
+        """
+        self._require_held()
+        record = self._link.state.version(self._generation)
+        if record is None:
+            raise OwnerDiedError(
+                f'"{self.name}" is gone.', resource=self.name, remedy="Discard what was read, and subscribe again."
+            )
+        if record.writes != self._writes or record.phase == Phase.CLOSED:
+            # A close waits for leases: one that did not was the owner leaving, who may write as it likes.
+            raise TornError(
+                f'version {self.version} of "{self.name}" was written over while it was read.',
+                resource=self.name,
+                remedy="Discard what was read, and read again.",
+            )
+        self._link.connection.require_agent_alive()
+
+    def copy_into(
+        self,
+        targets: torch.nn.Module | Mapping[str, torch.Tensor],
+        *,
+        names: Iterable[str] | None = None,
+        strict: bool = True,
+    ) -> None:
+        """Copy tensors of this version into ``targets``, cast where dtypes differ.
+
+        Args:
+            targets: a module (its parameters and buffers), or name to tensor: any view to be written.
+            names: only these; None for all.
+            strict: refuse names that only one side has.
+
+        Raises:
+            InvalidArgument: a name is missing or unexpected, or a shape differs; ``resource`` names the tensor.
+                Nothing has been copied then.
+            LeaseReleased: the lease is over.
+        """
+        self._require_held()
+        copy_tensors(self._tensors, targets, names=names, strict=strict)
+
+    def release(self) -> None:
+        """Give the version back. A second time does nothing."""
+        if self._held:
+            self._give_back()
+
+    def __enter__(self) -> Lease:
+        self._require_held()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        if self._held and self._link.connection.usable:
+            self.release()
+            warnings.warn(
+                f'a lease on version {self.version} of "{self.name}" was collected, not released',
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
+            )
+
+    def __repr__(self) -> str:
+        state = "held" if self._held else "released"
+        return f'<Lease on version {self.version} of "{self.name}", {state}>'
+
+    def _require_held(self) -> None:
+        if not self._held:
+            raise LeaseReleased(
+                f'the lease on version {self.version} of "{self.name}" is over.',
+                resource=self.name,
+                remedy="Use its tensors inside the with block, or read again.",
+            )
+        self._link.connection.require_own_process()

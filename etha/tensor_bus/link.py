@@ -1,0 +1,306 @@
+"""What a client's publications and subscriptions share: one connection, one command queue, one view of the state.
+
+Commands go through the queue (durable, in order), requests over the connection (answered at once). Whoever gives up
+waiting, for whatever reason, undoes what was asked for: `Release` follows a request, `Cancel` a command.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections import deque
+from typing import Any, Final
+
+from etha.errors import AgentTimeout, EthaError, InvalidArgument
+from etha.tensor_bus import clock, packets
+from etha.tensor_bus.command_queue import CommandQueue, take
+from etha.tensor_bus.commands import Cancel, Command
+from etha.tensor_bus.connection import Connection
+from etha.tensor_bus.ipc.mapping import TABLE, ImportedMemory
+from etha.tensor_bus.paths import AgentPaths
+from etha.tensor_bus.pending import Pending
+from etha.tensor_bus.records import encode
+from etha.tensor_bus.state import StateReader
+from etha.tensor_bus.wire import Mail
+
+_CANCEL_SECONDS: Final = 0.05
+"""How long a caller that gives up waits to say so. Then it is said at its client's next call."""
+
+
+class Ticket:
+    """A command on its way.
+
+    Attributes:
+        sequence: its number, 0 until it is known; set before it is committed.
+        pending: its expected outcome, or None.
+    """
+
+    __slots__ = ("pending", "sequence")
+
+    def __init__(self) -> None:
+        self.sequence = 0
+        self.pending: Pending | None = None
+
+
+class Link:
+    """One client's way to its agent. Safe across threads.
+
+    Attributes:
+        patience: seconds that a call without a timeout of its own waits for the queue.
+    """
+
+    _made = False
+
+    def __init__(self, connection: Connection, paths: AgentPaths, patience: float) -> None:
+        self.connection = connection
+        self.queue = CommandQueue(paths)
+        try:
+            self.state = _state_of(connection, paths)
+        except BaseException:
+            self.queue.close()
+            raise
+        self.patience = patience
+        self._numbers = itertools.count(1)
+        self._sequences = itertools.count(1)
+        self._order = threading.Lock()
+        self._committed: set[int] = set()
+        self._served = 0
+        self._owed: dict[int, Any] = {}
+        self._pinned: dict[int, Any] = {}
+        self._closing: dict[int, ImportedMemory] = {}
+        self._dropped: deque[tuple[int, ImportedMemory]] = deque()
+        self._finishing = threading.Lock()
+        self._made = True
+
+    def number(self) -> int:
+        """A fresh claim number."""
+        return next(self._numbers)
+
+    # -- requests ---------------------------------------------------------------------------------
+
+    def request(
+        self, number: int, packet: packets.Read | packets.Write | packets.Subscribe, timeout: float
+    ) -> tuple[packets.FromAgent, Mail]:
+        """Ask for a claim; the reply, and what it came in, which owns its descriptors.
+
+        Raises:
+            EthaError: refused, or not answered in time. Then, and when interrupted, the claim is given back.
+        """
+        connection = self.connection
+        deadline = packet.deadline + clock.grace(timeout)
+        pending = connection.expect(number)
+        try:
+            connection.send(packet, deadline)
+            reply = connection.wait(pending, deadline)
+            if isinstance(reply, packets.Refused):
+                raise reply.failure.error()
+            return reply, pending.mail
+        except BaseException:
+            connection.tell(packets.Release(number))
+            raise
+        finally:
+            connection.forget(pending)
+
+    # -- commands ---------------------------------------------------------------------------------
+
+    def command(self, ticket: Ticket, record: Command, deadline: float, *, answered: bool, voids: int = 0) -> None:
+        """Commit a command, then ring.
+
+        Args:
+            ticket: gets the sequence.
+            record: the command.
+            deadline: ``CLOCK_BOOTTIME`` seconds until which to wait for the queue.
+            answered: an outcome will be waited for.
+            voids: sequence of an earlier command that this one makes needless, or 0.
+
+        Raises:
+            AgentTimeout: another worker held the queue until the deadline.
+            QueueFull: the queue is full, and stayed so until the deadline.
+        """
+        data = encode(record)
+        taken: list[bool] = []
+        try:
+            take(self._order, deadline, taken)
+            if not taken[0]:
+                raise AgentTimeout(
+                    "another thread of this process held the command queue until the deadline.",
+                    resource=self.queue.path,
+                    remedy="Give a longer timeout.",
+                )
+            sequence = ticket.sequence = next(self._sequences)
+            if answered:
+                ticket.pending = self.connection.expect(-sequence)
+            done = {old for old in self._committed if old <= self._served}
+            if voids:
+                done.add(voids)
+            self._committed.add(sequence)
+            self.queue.put(self.connection.client, sequence, data, deadline, done)
+            self._committed -= done
+        finally:
+            if taken and taken[0]:
+                self._order.release()
+        self.connection.hint(packets.RingForCommands())
+
+    def outcome(self, ticket: Ticket, deadline: float, timeout: float) -> packets.Outcome:
+        """Wait for what became of a command.
+
+        Raises:
+            EthaError: it failed, or was not answered in time.
+        """
+        if ticket.pending is None:
+            raise ValueError("the command is not one that is answered")
+        reply = self.connection.wait(ticket.pending, deadline + clock.grace(timeout))
+        if not isinstance(reply, packets.Outcome):
+            raise TypeError(f"an outcome was expected, not {type(reply).__name__}")
+        self.note_served(reply.served)
+        if reply.failure is not None:
+            raise reply.failure.error()
+        return reply
+
+    def give_up(self, ticket: Ticket, error: BaseException, pin: Any) -> None:
+        """The caller of a command gets ``error``. Unless that is the agent's own answer, the command is undone."""
+        if isinstance(error, EthaError) and not isinstance(error, TimeoutError):
+            self.settle(ticket)
+        else:
+            self.undo(ticket, pin)
+
+    def settle(self, ticket: Ticket) -> None:
+        """Wait for this command no more."""
+        if ticket.pending is not None:
+            self.connection.forget(ticket.pending)
+
+    def undo(self, ticket: Ticket, pin: Any) -> None:
+        """Undo a command whose caller gives up; ``pin`` is kept until the agent has done so, or is gone."""
+        sequence = ticket.sequence
+        if sequence and self.connection.usable and not self._never_committed(sequence):
+            self._owed[sequence] = pin
+            self._cancel_owed(clock.now() + _CANCEL_SECONDS)
+        self.settle(ticket)
+
+    def _never_committed(self, sequence: int) -> bool:
+        # Only what was served is ever deleted while its client is there.
+        return sequence > self._served and not self.queue.holds(self.connection.client, sequence)
+
+    def _cancel_owed(self, deadline: float) -> None:
+        for sequence, pin in list(self._owed.items()):
+            cancel = Ticket()
+            try:
+                self.command(cancel, Cancel(sequence), deadline, answered=True)
+            except EthaError:
+                self.settle(cancel)  # somebody stands still with the queue in hand: at the next call, then
+                return
+            self._pinned[cancel.sequence] = (cancel.pending, pin)
+            self._owed.pop(sequence, None)
+
+    def note_served(self, sequence: int) -> None:
+        """The agent has served every command up to ``sequence``; they are deleted with the next put."""
+        self._served = max(self._served, sequence)
+
+    # -- imports ----------------------------------------------------------------------------------
+
+    def import_dropped(self, number: int, memory: ImportedMemory) -> None:
+        """Note that an import is over. `reap` closes it, and tells the agent as soon as no tensor of it is left.
+
+        May be called by a finaliser.
+        """
+        self._dropped.append((number, memory))
+
+    def reap(self) -> None:
+        """Settle what is over: unmap what nobody views, tell the agent, let go of pins. Every call of etha does so."""
+        self._tell_closed()
+        if self._owed:
+            self._cancel_owed(clock.now())
+        if self._pinned:
+            self.connection.drain()
+            self._release_pins()
+        for link in list(_lingering):
+            link._tell_closed()
+            if not link._closing:
+                _lingering.discard(link)
+                link._finish()
+
+    def _tell_closed(self) -> None:
+        for number, memory in list(self._dropped):
+            self._closing[number] = memory
+            memory.close()
+            try:
+                self._dropped.remove((number, memory))
+            except ValueError:
+                continue  # another thread did the same
+        TABLE.reap()
+        for number, memory in list(self._closing.items()):
+            if not memory.live:
+                self.connection.tell(packets.Release(number))
+                self._closing.pop(number, None)
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Say goodbye; leave nothing in the queue.
+
+        While tensors of an import are still kept, the connection stays open behind the scenes: the agent must not
+        take their memory for closed. The first call of etha after the last of them was dropped closes it.
+        """
+        self.reap()
+        if self._closing and self.connection.usable:
+            _lingering.add(self)
+        else:
+            self._finish()
+
+    def __del__(self) -> None:
+        if self._made and self.connection.usable:
+            _lingering.add(self)
+
+    def _finish(self) -> None:
+        if not self._finishing.acquire(blocking=False):
+            return  # done, or another thread is about it
+        self.connection.close()
+        try:
+            if self._committed:
+                self.queue.delete(self.connection.client, sorted(self._committed), clock.now() + 1.0)
+        except EthaError:
+            pass  # a neighbour stands still with the queue in hand: the agent's helper deletes them
+        finally:
+            self._owed.clear()
+            self._pinned.clear()
+            self.queue.close()
+            self.state.close()
+
+    def _release_pins(self) -> None:
+        for sequence, (pending, _) in list(self._pinned.items()):
+            if pending.reply is not None:
+                self.connection.forget(pending)
+                self._pinned.pop(sequence, None)
+
+
+def _state_of(connection: Connection, paths: AgentPaths) -> StateReader:
+    """The state at the path, if it is that of the agent at the other end.
+
+    Raises:
+        InvalidArgument: it is another agent's.
+    """
+    state = StateReader(paths.state)
+    record = state.agent()
+    if record is not None and record.epoch != connection.epoch:
+        state.close()
+        raise InvalidArgument(
+            f"{paths.state} is the state of pid {record.pid}, {paths.command} the queue of {connection.agent.label}.",
+            resource=paths.state,
+            holder=f"pid {record.pid}",
+            remedy="Give the paths of one agent.",
+        )
+    return state
+
+
+_lingering: set[Link] = set()
+"""Links that are to be closed as soon as no import of theirs is viewed any more: closed ones, and those that were
+dropped with everything made of them. (A finaliser may take no locks, so it leaves the closing to the next call of
+etha.)"""
+
+
+def _forget_in_child() -> None:
+    _lingering.clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

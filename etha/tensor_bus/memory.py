@@ -1,0 +1,267 @@
+"""The agent's own hold on what is published: descriptors as they arrive, mappings, and looks at the owner.
+
+Everything that may take long runs off the control loop: one thread opens and closes, in order; another does the
+chores (looking into ``/proc``, clearing up after the dead). Each reports back through `Backstage.results`, whose
+eventfd wakes the loop.
+
+The agent maps what it holds and never touches the bytes: an owner that shrinks its memory cannot end it with SIGBUS.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final
+
+from etha.errors import EthaError, InvalidRecord, SystemLimit
+from etha.tensor_bus import wire
+from etha.tensor_bus.ipc.manifest import Manifest
+from etha.tensor_bus.ipc.mapping import TABLE, Mapping
+
+logger = logging.getLogger(__name__)
+
+_SPARE_DESCRIPTORS: Final = 256
+"""Kept free for connections, pidfds and LMDB."""
+
+_CHORE_SECONDS: Final = 3.0
+"""How long the end of an agent waits for the chore that is going on: longer than one waits for a stopped worker."""
+
+
+class Backstage:
+    """Two threads beside the control loop, and the way back to it."""
+
+    def __init__(self) -> None:
+        self._opener = ThreadPoolExecutor(1, "etha-memory")
+        self._helper = ThreadPoolExecutor(1, "etha-chores")
+        self._chores: set[Future[Any]] = set()
+        self._results: deque[Callable[[], None]] = deque()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def fileno(self) -> int:
+        """Readable while `results` has something."""
+        return self._wake
+
+    def open_or_close(self, job: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Run ``job`` in order with its like; then, on the loop, ``then`` with its result or its `EthaError`."""
+        self._opener.submit(job).add_done_callback(partial(self._done, then))
+
+    def chore(self, job: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Run ``job`` aside; then, on the loop, ``then`` with its result or its `EthaError`."""
+        future = self._helper.submit(job)
+        self._chores.add(future)
+        future.add_done_callback(partial(self._done, then))
+
+    def results(self) -> None:
+        """On the loop: hand over what has been done."""
+        try:
+            os.eventfd_read(self._wake)
+        except BlockingIOError:
+            pass
+        while self._results:
+            try:
+                self._results.popleft()()
+            except Exception:  # whatever it is: a mistake of ours about one publication ends no one else's service
+                logger.exception("a mistake of etha's in what a job beside the control loop led to")
+
+    def close(self) -> bool:
+        """Wait for the opener, which is short, and a while for the chore that is going on; drop the others.
+
+        Returns:
+            Whether nothing is going on any more.
+        """
+        self._opener.shutdown()
+        self._helper.shutdown(wait=False, cancel_futures=True)
+        return not wait(self._chores.copy(), _CHORE_SECONDS).not_done
+
+    def _done(self, then: Callable[[Any], None], future: Future[Any]) -> None:
+        self._chores.discard(future)
+        if future.cancelled():
+            return
+        error = future.exception()
+        self._results.append(partial(then, future.result() if error is None else _typed(error)))
+        os.eventfd_write(self._wake, 1)
+
+
+def _typed(error: BaseException) -> EthaError:
+    """What became of a job, as its caller can be told."""
+    if isinstance(error, EthaError):
+        return error
+    if not isinstance(error, OSError):
+        logger.error("a job beside the control loop failed", exc_info=error)
+    return SystemLimit(
+        f"the agent could not do it: {type(error).__name__}: {error}.",
+        resource=None if not isinstance(error, OSError) else error.filename,
+        remedy="The agent's log may say more. See that descriptors, memory and disk are free.",
+    )
+
+
+@dataclass
+class Held:
+    """What the agent has of one publication.
+
+    Attributes:
+        manifest: what it should be.
+        client, sequence: whose registration it is; descriptors bear the sequence.
+        fds: by allocation; -1 while it has not arrived.
+        mappings: once opened.
+        opening: all has arrived.
+    """
+
+    manifest: Manifest
+    client: bytes
+    sequence: int
+    fds: list[int]
+    mappings: list[Mapping] = field(default_factory=list)
+    opening: bool = False
+
+    @property
+    def missing(self) -> int:
+        """Descriptors that have not arrived."""
+        return 0 if self.opening else self.fds.count(-1)
+
+    def take(self, first: int, fds: list[int]) -> bool:
+        """Put descriptors in their place; False where that is none of theirs."""
+        places = range(first, first + len(fds))
+        if not fds or first < 0 or places.stop > len(self.fds) or any(self.fds[place] >= 0 for place in places):
+            return False
+        self.fds[first : places.stop] = fds
+        return True
+
+
+class Memory:
+    """Every publication's memory in this agent. Used by the control loop only."""
+
+    def __init__(
+        self,
+        backstage: Backstage,
+        opened: Callable[[int, EthaError | None], None],
+        closed: Callable[[int], None],
+    ) -> None:
+        self._backstage = backstage
+        self._opened = opened
+        self._closed = closed
+        self._held: dict[int, Held] = {}
+        self._announced: dict[tuple[bytes, int], Held] = {}
+
+    def announce(self, client: bytes, sequence: int, manifest: Manifest) -> None:
+        """A registration has come; its descriptors may arrive now, though its name may not be free yet.
+
+        Raises:
+            SystemLimit: there is no room for them, those promised to earlier registrations counted.
+        """
+        fds = [-1] * len(manifest.allocations)
+        free = _free_descriptors() - sum(held.missing for held in (*self._announced.values(), *self._held.values()))
+        if len(fds) > free:
+            raise _too_many(len(fds), free)
+        self._announced[client, sequence] = Held(manifest, client, sequence, fds)
+
+    def retract(self, client: bytes, sequence: int | None = None) -> None:
+        """A registration, or every one of a client, is over before it began."""
+        for key in [key for key in self._announced if key[0] == client and sequence in (None, key[1])]:
+            _close(self._announced.pop(key))
+
+    def expect(self, generation: int, client: bytes, sequence: int, manifest: Manifest) -> None:
+        """A registration has its name: open its memory as soon as all descriptors are there."""
+        held = self._announced.pop((client, sequence), None)
+        if held is None:  # retracted in this very turn; `close` follows
+            self._held[generation] = Held(manifest, client, sequence, [], opening=True)
+            return
+        self._held[generation] = held
+        self._open_if_complete(generation, held)
+
+    def arrived(self, client: bytes, sequence: int, first: int, fds: list[int]) -> None:
+        """Descriptors of a registration; those of one that has failed meanwhile are closed.
+
+        Raises:
+            InvalidRecord: they have no place in it, or stand there already.
+        """
+        generation, held = self._awaiting(client, sequence)
+        if held is None:
+            wire.close_all(fds)
+            return
+        if not held.take(first, fds):
+            wire.close_all(fds)
+            raise InvalidRecord("descriptors came that have no place in their registration.", resource="Descriptors")
+        if generation is not None:
+            self._open_if_complete(generation, held)
+
+    def lost(self, client: bytes, reason: EthaError) -> None:
+        """Descriptors of a client were lost on the way: what waits for them fails."""
+        error = SystemLimit(
+            f"the agent could not take the descriptors: {reason.message}",
+            resource="RLIMIT_NOFILE",
+            remedy="Raise the agent's limit (ulimit -n), or share fewer, larger storages.",
+        )
+        for generation, held in list(self._held.items()):
+            if held.client == client and not held.opening:
+                self._opened(generation, error)
+
+    def fds(self, generation: int) -> list[int]:
+        """The descriptors of an opened publication, by allocation; they stay the agent's."""
+        return self._held[generation].fds
+
+    def close(self, generation: int) -> None:
+        """Close the mappings and descriptors; then report it."""
+        held = self._held.pop(generation)
+        self._backstage.open_or_close(partial(_close, held), lambda _: self._closed(generation))
+
+    def _awaiting(self, client: bytes, sequence: int) -> tuple[int | None, Held | None]:
+        for generation, held in self._held.items():
+            if (held.client, held.sequence) == (client, sequence) and not held.opening:
+                return generation, held
+        return None, self._announced.get((client, sequence))
+
+    def _open_if_complete(self, generation: int, held: Held) -> None:
+        if all(fd >= 0 for fd in held.fds):
+            held.opening = True
+            self._backstage.open_or_close(
+                partial(_open, held), lambda error: self._opened(generation, error if error else None)
+            )
+
+
+def _open(held: Held) -> None:
+    try:
+        for allocation, fd in zip(held.manifest.allocations, held.fds, strict=True):
+            held.mappings.append(TABLE.open(allocation, fd))
+    except BaseException:
+        _unmap(held)
+        raise
+
+
+def _close(held: Held) -> None:
+    _unmap(held)
+    wire.close_all(fd for fd in held.fds if fd >= 0)
+
+
+def _unmap(held: Held) -> None:
+    while held.mappings:
+        TABLE.release(held.mappings.pop())
+    TABLE.reap()
+
+
+def _free_descriptors() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        return soft - len(os.listdir("/proc/self/fd")) - _SPARE_DESCRIPTORS
+    except OSError:  # none is left even for the look
+        return 0
+
+
+def _too_many(wanted: int, free: int) -> SystemLimit:
+    return SystemLimit(
+        f"the agent would need {wanted} more descriptors and may open {max(free, 0)}.",
+        resource="RLIMIT_NOFILE",
+        remedy="Raise the agent's limit (ulimit -n), or share fewer, larger storages.",
+    )
+
+
+def raise_descriptor_limit() -> None:
+    """Raise this process's soft limit on descriptors to the hard one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,223 @@
+"""What crosses the connection: one record a packet, small enough for one `SOCK_SEQPACKET` send.
+
+From a worker: who it is, rings for commands, requests for claims, and their ends. From the agent: replies, each
+bearing the number of the request or the sequence of the command. Descriptors ride on `Descriptors` packets
+(``SCM_RIGHTS``), at most `FDS_PER_PACKET` each.
+
+Nothing here is sent by the agent unasked: what a worker wants to learn in passing (is my lease wanted, did a write
+begin) it reads in the state LMDB, and what it wants to be woken for it gets by a `Bell`, a pipe of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from etha.tensor_bus.records import Codec, Failure
+
+FDS_PER_PACKET: Final = 253
+"""``SCM_MAX_FD`` of the kernel; unix(7)."""
+
+MAX_PACKET_BYTES: Final = 1 << 16
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    """A worker's first packet.
+
+    Attributes:
+        schema: record schema that it speaks.
+        boot: boot id.
+        namespace: inode of its PID namespace.
+    """
+
+    schema: int
+    boot: str
+    namespace: int
+
+
+class RingForCommands(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    """The queue holds a new command of this client. A hint: losing it loses nothing."""
+
+
+class Read(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    """Asks for a lease. Answered by `Leased` or `Refused`.
+
+    Attributes:
+        number: of the claim.
+        generation, name: the publication.
+        exact: this version and no other, or None.
+        minimum: the oldest version that will do.
+        thread: native id of the calling thread.
+        deadline: ``CLOCK_BOOTTIME`` seconds.
+    """
+
+    number: int
+    generation: int
+    name: str
+    exact: int | None
+    minimum: int
+    thread: int
+    deadline: float
+
+
+class Write(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    """Asks for an update. Answered by `MayWrite` or `Refused`.
+
+    Attributes:
+        number: of the claim.
+        generation, name: the publication.
+        revoke: end the leases that are still out at the deadline.
+        thread: native id of the calling thread.
+        deadline: ``CLOCK_BOOTTIME`` seconds.
+    """
+
+    number: int
+    generation: int
+    name: str
+    revoke: bool
+    thread: int
+    deadline: float
+
+
+class Subscribe(msgspec.Struct, frozen=True, array_like=True, tag=5):
+    """Asks for an import. Answered by `Descriptors` and then `Imported`, or `Refused`.
+
+    Attributes:
+        number: of the claim.
+        name: the publication.
+        thread: native id of the calling thread.
+        deadline: ``CLOCK_BOOTTIME`` seconds.
+    """
+
+    number: int
+    name: str
+    thread: int
+    deadline: float
+
+
+class Release(msgspec.Struct, frozen=True, array_like=True, tag=6):
+    """A claim is over: given back, or no longer wanted. Not answered; saying it twice is no error.
+
+    Attributes:
+        number: of the claim.
+    """
+
+    number: int
+
+
+class Bell(msgspec.Struct, frozen=True, array_like=True, tag=7):
+    """Carries the write end of a pipe that the agent shall ring for a subscription.
+
+    Attributes:
+        number: of the import.
+        seen: the newest version that the subscriber knows; a newer one rings at once.
+    """
+
+    number: int
+    seen: int
+
+
+class Descriptors(msgspec.Struct, frozen=True, array_like=True, tag=8):
+    """Carries allocations' descriptors, in the manifest's order; in both directions.
+
+    Attributes:
+        number: sequence of the `Register` command, or number of the import.
+        first: index of the first allocation in this packet.
+    """
+
+    number: int
+    first: int
+
+
+class Goodbye(msgspec.Struct, frozen=True, array_like=True, tag=9):
+    """The client holds nothing any more, and leaves."""
+
+
+class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=32):
+    """The agent's answer to `Hello`.
+
+    Attributes:
+        client: the client id, 16 bytes, that the agent gives.
+        epoch: the agent's.
+    """
+
+    client: bytes
+    epoch: int
+
+
+class Leased(msgspec.Struct, frozen=True, array_like=True, tag=33):
+    """A lease is granted.
+
+    Attributes:
+        number: of the claim.
+        version: what it is a lease on.
+        writes: updates begun until now: a larger number later means that the lease is torn.
+        guarded: False when the version was published without excluding readers.
+    """
+
+    number: int
+    version: int
+    writes: int
+    guarded: bool
+
+
+class MayWrite(msgspec.Struct, frozen=True, array_like=True, tag=34):
+    """An update is granted.
+
+    Attributes:
+        number: of the claim.
+        served: the client's last served command.
+    """
+
+    number: int
+    served: int
+
+
+class Imported(msgspec.Struct, frozen=True, array_like=True, tag=35):
+    """An import is granted; its descriptors have been sent before.
+
+    Attributes:
+        number: of the claim.
+        generation: the publication.
+        version: its newest version.
+    """
+
+    number: int
+    generation: int
+    version: int
+
+
+class Refused(msgspec.Struct, frozen=True, array_like=True, tag=36):
+    """A request failed; number 0: the connection did, and ends.
+
+    Attributes:
+        number: of the claim.
+        failure: why.
+    """
+
+    number: int
+    failure: Failure
+
+
+class Outcome(msgspec.Struct, frozen=True, array_like=True, tag=37):
+    """What became of a command.
+
+    Attributes:
+        sequence: of the command.
+        generation: the publication concerned; 0 if there is none.
+        failure: why it failed, or None.
+        served: the client's last served command.
+    """
+
+    sequence: int
+    generation: int
+    failure: Failure | None
+    served: int
+
+
+FromWorker = Hello | RingForCommands | Read | Write | Subscribe | Release | Bell | Descriptors | Goodbye
+FromAgent = Welcome | Leased | MayWrite | Imported | Refused | Outcome | Descriptors
+
+FROM_WORKER: Final[Codec[FromWorker]] = Codec(FromWorker, MAX_PACKET_BYTES)
+FROM_AGENT: Final[Codec[FromAgent]] = Codec(FromAgent, MAX_PACKET_BYTES)

@@ -1,0 +1,168 @@
+"""The files of an agent, as it finds them and as it leaves them: what it may delete, and whose they are.
+
+A path comes from a command line, so anything may stand there. Deleted is only what etha or LMDB made, by its kind and
+its first bytes, and only if no live agent holds it: besides the lock of its command path, each agent holds ``flock`` on
+both of its LMDB data files, so that two agents whose command paths differ cannot have one state. (LMDB itself locks its
+``-lock`` files, and by record locks, which know nothing of ``flock``.)
+
+Used by the agent alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import stat
+import struct
+from contextlib import ExitStack
+from typing import Final
+
+from etha.errors import AgentRunning, EthaError, InvalidArgument, UnsafePath
+from etha.tensor_bus.paths import AgentPaths, cannot_open, require_private, require_trusted_directory
+from etha.tensor_bus.state import StateReader
+
+logger = logging.getLogger(__name__)
+
+_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_LMDB_MAGIC: Final = struct.pack("=I", 0xBEEFC0DE)
+"""``MDB_MAGIC`` of lmdb's mdb.c: behind the 16 bytes of the first page's header, and first in the lock file."""
+
+_PAGE_HEADER: Final = 16
+
+
+class Premises:
+    """One agent's hold on its files, beside its `AgentLock`."""
+
+    def __init__(self, paths: AgentPaths) -> None:
+        """Nothing is touched yet.
+
+        Raises:
+            InvalidArgument: two of the files would be one.
+            UnsafePath: a file or directory that others could have planted.
+        """
+        self._paths = paths
+        self._held: dict[str, int] = {}
+        everything = [*paths.removable, paths.lock]
+        if len(set(map(os.path.realpath, everything))) < len(everything):
+            raise InvalidArgument(
+                f"{paths.command} and {paths.state} cannot be the files of one agent: two of them would be one.",
+                resource=paths.state,
+                remedy="Give --command-queue and --state paths that differ by more than an ending.",
+            )
+        for path in paths:
+            require_trusted_directory(path)
+        for path in paths.removable:
+            require_private(path)
+
+    def clear(self) -> None:
+        """Delete what an agent that is dead or of another boot left; LMDB does not open it.
+
+        Raises:
+            AgentRunning: another agent holds the state; ``holder`` names it.
+            UnsafePath: a file that is none of an agent's. Nothing was deleted.
+        """
+        found = [path for path in self._paths.removable if require_private(path) is not None]
+        with ExitStack() as held:
+            for path in (self._paths.command, self._paths.state):
+                if path in found:
+                    held.callback(os.close, _take(path))
+            for path in found:
+                self._require_ours(path)
+            for path in found:
+                logger.info("removing %s, left by an earlier agent", path)
+                os.unlink(path)
+
+    def hold(self, path: str) -> None:
+        """An LMDB file has been made: hold it for as long as this agent lives.
+
+        Raises:
+            AgentRunning: another agent was faster.
+        """
+        self._held[path] = _take(path)
+
+    def leave(self, *, remove: bool) -> None:
+        """Give everything up; ``remove`` deletes the files first, else only the socket goes."""
+        if os.path.lexists(self._paths.socket):
+            os.unlink(self._paths.socket)
+        for path, fd in self._held.items():
+            if remove and os.path.exists(path) and os.path.samestat(os.fstat(fd), os.lstat(path)):
+                os.unlink(path)
+        self.close()
+        if remove:
+            self.clear()
+
+    def close(self) -> None:
+        """Give up the hold, and touch no file."""
+        while self._held:
+            os.close(self._held.popitem()[1])
+
+    def _require_ours(self, path: str) -> None:
+        found = os.lstat(path)
+        if path == self._paths.socket:
+            ours = stat.S_ISSOCK(found.st_mode)
+        elif path == self._paths.writer:
+            ours = stat.S_ISREG(found.st_mode) and found.st_size == 0
+        elif path.endswith("-lock"):
+            ours = _starts(path, 0) in (_LMDB_MAGIC, bytes(4), b"")
+        else:
+            ours = _starts(path, _PAGE_HEADER) == _LMDB_MAGIC or found.st_size == 0
+        if not ours:
+            raise UnsafePath(
+                f"{path} was not made by etha; it is untouched.",
+                resource=path,
+                remedy="Give another path, or remove it if nobody needs it.",
+            )
+
+
+def _starts(path: str, offset: int) -> bytes:
+    """Four bytes of a file; too few where it is too short."""
+    fd = _open(path)
+    try:
+        return os.pread(fd, len(_LMDB_MAGIC), offset)
+    finally:
+        os.close(fd)
+
+
+def _take(path: str) -> int:
+    """A descriptor that holds ``flock`` on the file at the path."""
+    while True:
+        fd = _open(path)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.lstat(path)):
+                return fd
+        except BlockingIOError as error:
+            os.close(fd)
+            holder = _holder(path)
+            raise AgentRunning(
+                f"{path} belongs to {holder or 'another agent'}, which lives.",
+                resource=path,
+                holder=holder,
+                remedy="Stop it first, or give this agent another --state.",
+            ) from error
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _open(path: str) -> int:
+    try:
+        return os.open(path, _FLAGS)
+    except OSError as error:
+        raise cannot_open(path, error) from error
+
+
+def _holder(path: str) -> str | None:
+    try:
+        reader = StateReader(path)
+    except EthaError:
+        return None
+    try:
+        record = reader.agent()
+    except EthaError:
+        return None
+    finally:
+        reader.close()
+    return None if record is None else f"pid {record.pid}"

@@ -1,0 +1,162 @@
+"""Find the agent of a path and get an authenticated connection to it, or say exactly why there is none.
+
+The lock file is read first: it says who serves, and whether the kernel still holds the lock for it. Only then is the
+socket connected, and the peer's credentials are the kernel's, not the file's. An agent that is absent or still
+starting is waited for; one that can never be talked to (another user, another schema, another PID namespace) is
+reported at once.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from typing import Final
+
+from etha.errors import (
+    AgentGone,
+    AgentStopped,
+    EthaError,
+    InvalidRecord,
+    NoAgent,
+    OtherNamespace,
+    OtherUser,
+    VersionMismatch,
+)
+from etha.tensor_bus import clock, packets, wire
+from etha.tensor_bus.connection import Connection
+from etha.tensor_bus.ipc import peer, process
+from etha.tensor_bus.lockfile import LockText, read_lock
+from etha.tensor_bus.paths import AgentPaths
+from etha.tensor_bus.records import SCHEMA, encode
+
+_PAUSE_SECONDS: Final = 0.02
+
+
+def reach(paths: AgentPaths, rank: int, timeout: float) -> tuple[Connection, LockText]:
+    """Connect to the agent that serves ``paths``.
+
+    Raises:
+        NoAgent: nothing serves there: there never was an agent, or it is dead.
+        AgentStopped: it is alive and did not answer in time.
+        OtherUser, OtherNamespace, VersionMismatch: it can never be talked to. Raised at once.
+    """
+    deadline = clock.deadline_after(timeout)
+    while True:
+        try:
+            return _try(paths, rank, deadline)
+        except (NoAgent, AgentStopped, AgentGone, InvalidRecord):
+            if clock.now() + _PAUSE_SECONDS >= deadline:
+                raise
+        time.sleep(_PAUSE_SECONDS)
+
+
+def _try(paths: AgentPaths, rank: int, deadline: float) -> tuple[Connection, LockText]:
+    text = _who_serves(paths, rank)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        sock.setblocking(False)
+        try:
+            sock.connect(paths.socket)
+        except PermissionError as error:
+            raise _other_user(paths.socket, os.lstat(paths.socket).st_uid) from error
+        except OSError as error:
+            raise _not_answering(text) from error
+        try:
+            agent = peer.Peer.of(sock)
+        except ProcessLookupError as error:
+            raise _not_answering(text) from error
+        try:
+            if agent.uid != os.geteuid():
+                raise _other_user(paths.socket, agent.uid)
+            welcome = _greet(sock, text, deadline)
+            if welcome.epoch != text.epoch:
+                raise _not_answering(text)  # one agent has just followed another: look again
+            return Connection(sock, agent, welcome), text
+        except BaseException:
+            agent.close()
+            raise
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _who_serves(paths: AgentPaths, rank: int) -> LockText:
+    start = f"Start one: etha agent --rank {rank}"
+    lock = read_lock(paths.lock)
+    if lock is None:
+        raise NoAgent(
+            f"nothing serves rank {rank} ({paths.command} does not exist).", resource=paths.command, remedy=start
+        )
+    if lock.uid != os.geteuid():
+        raise _other_user(paths.lock, lock.uid)
+    text = lock.text
+    if text is None:
+        raise NoAgent(f"the agent of rank {rank} is starting.", resource=paths.command, remedy="Try again.")
+    if not lock.held or text.boot != process.boot_id():
+        raise NoAgent(
+            f"the agent of rank {rank}, pid {text.pid}, is dead.",
+            resource=paths.command,
+            holder=f"pid {text.pid}",
+            remedy=start,
+        )
+    if text.namespace != process.pid_namespace():
+        raise OtherNamespace(
+            f"the agent of rank {rank} lives in another PID namespace: neither side could watch the other die.",
+            resource=paths.command,
+            holder=f"pid {text.pid} there",
+            remedy="Share the PID namespace (docker run --pid), or run an agent of your own inside.",
+        )
+    if text.schema != SCHEMA:
+        raise VersionMismatch(
+            f"the agent of rank {rank} speaks record schema {text.schema}, this etha {SCHEMA}.",
+            resource=paths.command,
+            holder=f"pid {text.pid}",
+            remedy="Run the same etha on both sides.",
+        )
+    return text
+
+
+def _greet(sock: socket.socket, text: LockText, deadline: float) -> packets.Welcome:
+    try:
+        wire.send(sock, encode(packets.Hello(SCHEMA, process.boot_id(), process.pid_namespace())))
+    except OSError as error:
+        raise _not_answering(text) from error
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    if not poll.poll(clock.remaining(deadline) * 1000):
+        raise _not_answering(text)
+    try:
+        data, fds = wire.receive(sock)
+    except OSError as error:
+        raise _not_answering(text) from error
+    wire.close_all(fds)
+    if not data:
+        raise _not_answering(text)
+    reply = packets.FROM_AGENT.decode(data)
+    if isinstance(reply, packets.Refused):
+        raise reply.failure.error()
+    if not isinstance(reply, packets.Welcome):
+        raise InvalidRecord("the agent did not answer the greeting with a welcome.", resource="packet")
+    return reply
+
+
+def _not_answering(text: LockText) -> EthaError:
+    state = process.process_state(text.pid)
+    label = process.process_label(text.pid)
+    return AgentStopped(
+        f"the agent of rank {text.rank}, {label} ({state}), does not answer.",
+        resource=f"rank {text.rank}",
+        holder=label,
+        remedy=f"Let it go on: kill -CONT {text.pid}" if state == "stopped" else "Is it still starting? Try again.",
+    )
+
+
+def _other_user(path: str, uid: int) -> OtherUser:
+    return OtherUser(
+        f"{path} belongs to uid {uid}.",
+        resource=path,
+        holder=f"uid {uid}",
+        remedy="Set ETHA_RUNTIME_DIR to a directory of your own, and start an agent there.",
+    )

@@ -1,0 +1,185 @@
+"""What the registry answers when the answer is no: one function per question, each returning the error or None.
+Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from etha.errors import (
+    AgentTimeout,
+    EthaError,
+    InvalidArgument,
+    LeaseTimeout,
+    MappingTimeout,
+    NameTaken,
+    NoPublication,
+    NotOwner,
+    OwnerDiedError,
+    PublicationClosed,
+    StaleHandle,
+    TornError,
+    VersionGone,
+    VersionTimeout,
+)
+from etha.tensor_bus.claims import Claim, Client, Import, Lease, Phase, Publication, Update
+
+
+def unreadable(claim: Lease, publication: Publication, writer_ahead: bool, owner: str) -> EthaError | None:
+    """Why this read can never be granted, or None when it may be, now or later."""
+    name = publication.name
+    if publication.phase is Phase.DEAD:
+        return OwnerDiedError(
+            f'the owner of "{name}", {owner}, is dead.',
+            resource=name,
+            holder=owner,
+            remedy="Subscribe again: that waits for a new owner.",
+        )
+    if publication.phase in (Phase.CLOSING, Phase.CLOSED):
+        return PublicationClosed(
+            f'"{name}" was closed by its owner.',
+            resource=name,
+            holder=owner,
+            remedy="Subscribe again: that waits for a new owner.",
+        )
+    if claim.exact is not None and claim.exact < publication.version:
+        return VersionGone(
+            f'version {claim.exact} of "{name}" is gone, {publication.version} stands in its place.',
+            resource=name,
+            remedy="Read the newest, or min_version=.",
+        )
+    if publication.phase is Phase.TORN and not writer_ahead:
+        return TornError(
+            f'the last update of "{name}" ended half-way: its bytes are no version.',
+            resource=name,
+            holder=owner,
+            remedy="Read again after the owner's next update.",
+        )
+    return None
+
+
+def readable(claim: Lease, publication: Publication, writer_ahead: bool) -> bool:
+    """Whether the read is granted now."""
+    if publication.phase is not Phase.READY or not claim.satisfied_by(publication.version):
+        return False
+    return not writer_ahead or publication.lent_to(claim.actor)
+
+
+def closing(name: str) -> PublicationClosed:
+    """An update came when the owner was giving its memory up already."""
+    return PublicationClosed(f'"{name}" is being closed.', resource=name, remedy="Register the tensors again.")
+
+
+def unpublishable(publication: Publication, version: int, update: int) -> EthaError | None:
+    """Why this version cannot be the next one, or None."""
+    name = publication.name
+    if version <= publication.version:
+        return InvalidArgument(
+            f'"{name}" is at version {publication.version}; {version} is not larger.',
+            resource=name,
+            remedy="Versions only grow.",
+        )
+    active = publication.update.number if publication.update is not None else 0
+    if active != update:
+        text = "is being updated" if active else "is not being updated any more"
+        return InvalidArgument(
+            f'"{name}" {text}: this publish does not belong to it.',
+            resource=name,
+            remedy="Publish by leaving the update.",
+        )
+    return None
+
+
+def taken(name: str, owner: str) -> NameTaken:
+    """The name has a living owner."""
+    return NameTaken(
+        f'"{name}" is published by {owner}.',
+        resource=name,
+        holder=owner,
+        remedy="Choose another name; within one process, replace=True takes it over.",
+    )
+
+
+def over(generation: int) -> StaleHandle:
+    """The publication is no more."""
+    return StaleHandle(
+        f"generation {generation} is over.",
+        resource=str(generation),
+        remedy="Register the tensors again.",
+    )
+
+
+def foreign(publication: Publication, owner: str) -> NotOwner:
+    """The publication belongs to another client."""
+    return NotOwner(
+        f'"{publication.name}" belongs to {owner}.',
+        resource=publication.name,
+        holder=owner,
+        remedy="Only its owner may do this.",
+    )
+
+
+def unsubscribed(name: str) -> StaleHandle:
+    """The reader has no import of what it wants to read."""
+    return StaleHandle(
+        f'the subscription to "{name}" is not known to the agent.',
+        resource=name,
+        remedy="Subscribe again.",
+    )
+
+
+def expired(claim: Claim, publication: Publication | None, clients: Mapping[bytes, Client], now: float) -> EthaError:
+    """Why the claim was not granted by its deadline, naming who stood in the way."""
+    name = claim.name
+    if isinstance(claim, Import):
+        return NoPublication(
+            f'nothing named "{name}" was published within the timeout.',
+            resource=name,
+            remedy="See what there is: etha status",
+        )
+    if publication is None:
+        return over(claim.generation)
+    if publication.registration is claim:
+        return AgentTimeout(
+            f'the memory of "{name}" was not opened by the deadline.',
+            resource=name,
+            remedy="Register again with a longer timeout.",
+        )
+    if publication.update is not None and publication.update is not claim:
+        return _held_by([publication.update], "been updating", name, now)
+    if publication.leases and not (isinstance(claim, Lease) and not claim.satisfied_by(publication.version)):
+        return _held_by(publication.leases.values(), f"held version {publication.version} of", name, now)
+    if isinstance(claim, Lease):
+        return VersionTimeout(
+            f'"{name}" is still at version {publication.version}.',
+            resource=name,
+            holder=_label(publication.owner, clients),
+            remedy="Its owner has not published a newer one; wait longer.",
+        )
+    if isinstance(claim, Update):
+        return _held_by(publication.waiting_updates(), "been waiting to update", name, now)
+    if publication.imports:
+        holder = ", ".join(dict.fromkeys(held.label for held in publication.imports.values()))
+        return MappingTimeout(
+            f'"{name}" is still mapped by {holder}.',
+            resource=name,
+            holder=holder,
+            remedy="Close its subscription and drop the tensors taken from it, or end it.",
+        )
+    return taken(name, _label(publication.owner, clients))
+
+
+def _label(client: bytes, clients: Mapping[bytes, Client]) -> str:
+    known = clients.get(client)
+    return known.label if known is not None else "a process that has gone"
+
+
+def _held_by(claims: Iterable[Claim], verb: str, name: str, now: float) -> LeaseTimeout:
+    held = list(claims)
+    holder = ", ".join(dict.fromkeys(claim.label for claim in held))
+    age = max((now - claim.since for claim in held), default=0.0)
+    return LeaseTimeout(
+        f'{holder} has {verb} "{name}" for {age:.1f} s.',
+        resource=name,
+        holder=holder,
+        remedy='Stop it, wait longer, or (for an update of your own) update(on_timeout="revoke").',
+    )

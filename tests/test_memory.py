@@ -1,0 +1,94 @@
+"""`etha.tensor_bus.memory`: the agent's descriptors, and the threads beside its loop."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from etha.errors import EthaError, NotShareable, SystemLimit
+from etha.tensor_bus import memory
+from etha.tensor_bus.ipc.manifest import HostAllocation, Manifest
+from etha.tensor_bus.memory import Backstage, Memory
+
+
+@pytest.fixture
+def backstage() -> Iterator[Backstage]:
+    backstage = Backstage()
+    yield backstage
+    backstage.close()
+
+
+def wait_for(backstage: Backstage) -> None:
+    assert select.select([backstage.fileno()], [], [], 60)[0]
+    backstage.results()
+
+
+@pytest.mark.parametrize("error", [OSError(12, "no memory"), RuntimeError("a mistake"), NotShareable("no")])
+def test_whatever_a_job_raises_can_be_told_to_its_caller(backstage, error, caplog):
+    def fail():
+        raise error
+
+    seen: list[object] = []
+    backstage.open_or_close(fail, seen.append)
+    wait_for(backstage)
+    assert isinstance(seen[0], EthaError)
+    assert seen[0] is error or (isinstance(seen[0], SystemLimit) and seen[0].remedy)
+    assert ("a mistake" in caplog.text) == isinstance(error, RuntimeError)
+
+
+def test_closing_waits_for_the_chore_that_is_going_on_and_not_for_ever(monkeypatch):
+    begun, go = threading.Event(), threading.Event()
+
+    def chore() -> None:
+        begun.set()
+        go.wait(60)
+
+    backstage = Backstage()
+    backstage.chore(chore, lambda _: None)
+    backstage.chore(lambda: pytest.fail("a chore that was not begun is dropped"), lambda _: None)
+    assert begun.wait(60)
+    monkeypatch.setattr(memory, "_CHORE_SECONDS", 0.01)
+    assert not backstage.close()
+    go.set()
+    monkeypatch.setattr(memory, "_CHORE_SECONDS", 60)
+    assert backstage.close()
+
+
+def manifest(count: int) -> Manifest:
+    return Manifest(tuple(HostAllocation(1, inode, 4096) for inode in range(count)), (), (), {})
+
+
+def test_descriptors_promised_count_as_taken(backstage, monkeypatch):
+    monkeypatch.setattr(memory, "_free_descriptors", lambda: 10)
+    held = Memory(backstage, lambda *_: None, lambda *_: None)
+    held.announce(b"a", 1, manifest(6))
+    with pytest.raises(SystemLimit) as caught:
+        held.announce(b"a", 2, manifest(6))
+    assert caught.value.resource == "RLIMIT_NOFILE"
+    held.retract(b"a", 1)
+    held.announce(b"a", 2, manifest(6))
+
+
+def test_to_have_none_left_for_the_look_means_none(monkeypatch):
+    def none_left(_: str):
+        raise OSError(24, "too many")
+
+    monkeypatch.setattr(os, "listdir", none_left)
+    assert memory._free_descriptors() == 0
+
+
+def test_a_mistake_in_one_result_does_not_swallow_the_others(backstage, caplog):
+    def fail(_: object) -> None:
+        raise RuntimeError("a mistake")
+
+    seen: list[object] = []
+    backstage.open_or_close(lambda: 1, fail)
+    backstage.open_or_close(lambda: 2, seen.append)
+    backstage._opener.submit(int).result(60)
+    backstage.results()
+    assert seen == [2]
+    assert "a mistake" in caplog.text

@@ -1,0 +1,102 @@
+"""`etha.tensor_bus.premises`: an agent deletes what agents made, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from etha.errors import AgentRunning, InvalidArgument, UnsafePath
+from etha.tensor_bus.agent import TensorBusAgent
+from etha.tensor_bus.paths import agent_paths
+from etha.tensor_bus.premises import Premises
+from etha.tensor_bus.state import AGENT_KEY, AgentRecord, StateReader, StateWriter
+
+
+def start(*arguments: str) -> str:
+    command = [sys.executable, "-m", "etha", "agent", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_a_text_file_given_as_the_state_is_untouched(runtime: Path):
+    notes = runtime / "notes.txt"
+    notes.write_text("what I must not forget, and longer than the header of a page")
+    notes.chmod(0o600)
+    assert "UnsafePath" in start("--state", str(notes))
+    assert notes.read_text().startswith("what I must not forget")
+    assert os.listdir(runtime) == ["notes.txt"]
+
+
+@pytest.mark.parametrize("name", ["socket", "writer", "command", "state"])
+def test_each_file_is_known_by_its_kind(runtime: Path, name: str):
+    paths = agent_paths(0)
+    path = Path(getattr(paths, name))
+    path.write_bytes(b"mine" * 100)
+    path.chmod(0o600)
+    with pytest.raises(UnsafePath) as caught:
+        Premises(paths).clear()
+    assert (caught.value.resource, caught.value.remedy is not None) == (str(path), True)
+    assert path.read_bytes() == b"mine" * 100
+
+
+def test_what_a_dead_agent_left_is_deleted(runtime: Path):
+    paths = agent_paths(0)
+    StateWriter(paths.state).close()
+    Path(paths.command).touch(0o600)
+    Path(paths.writer).touch(0o600)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.bind(paths.socket)
+    os.chmod(paths.socket, 0o600)
+    Premises(paths).clear()
+    assert os.listdir(runtime) == []
+
+
+def test_the_state_of_a_live_agent_is_untouched(agent, owner, reader, runtime: Path):
+    state = agent_paths(0).state
+    before = os.stat(state).st_ino
+    said = start("--rank", "1", "--state", state)
+    assert "AgentRunning" in said
+    assert f"pid {agent.pid}" in said
+    assert os.stat(state).st_ino == before
+    assert not [name for name in os.listdir(runtime) if name.startswith("agent_rank1")]
+    owner.do("with policy.update(): pass")
+    assert reader.do("with policy.read(min_version=1) as lease: version = lease.version\nversion") == 1
+
+
+def test_the_slower_of_two_that_start_at_once_gives_way(runtime: Path):
+    paths = agent_paths(0)
+    writer = StateWriter(paths.state)
+    writer.write({AGENT_KEY: AgentRecord(77, "b", 1, 1, 1, 0, "cpu", "c", 0.0, 0.0, {})})
+    first, second = Premises(paths), Premises(paths)
+    first.hold(paths.state)
+    with pytest.raises(AgentRunning) as caught:
+        second.hold(paths.state)
+    assert caught.value.holder == "pid 77"
+    with pytest.raises(AgentRunning):
+        second.clear()
+    writer.close()
+    first.leave(remove=True)
+    assert os.listdir(runtime) == []
+
+
+@pytest.mark.parametrize("state", ["c", "c.sock", "c-lock", "c.agent", "link/c"])
+def test_two_files_of_an_agent_are_never_one(runtime: Path, state: str, request):
+    (runtime / "link").symlink_to(runtime)
+    request.addfinalizer((runtime / "link").unlink)
+    with pytest.raises(InvalidArgument) as caught:
+        TensorBusAgent(0, "cpu", str(runtime / "c"), str(runtime / state))
+    assert caught.value.remedy
+    assert os.listdir(runtime) == ["link"]
+
+
+def test_a_reader_opens_the_held_state_as_ever(agent, runtime: Path):
+    reader = StateReader(agent_paths(0).state)
+    assert reader.agent().pid == agent.pid
+    reader.close()

@@ -1,0 +1,182 @@
+"""`etha.tensor_bus.service`: what a worker may ask, and what happens when nothing can be recorded."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from etha.errors import QueueFull
+from etha.tensor_bus import clock, commands, journal, packets, wire
+from etha.tensor_bus.command_queue import CommandQueue
+from etha.tensor_bus.ipc.manifest import Manifest
+from etha.tensor_bus.ipc.peer import Peer
+from etha.tensor_bus.journal import Journal
+from etha.tensor_bus.memory import Backstage
+from etha.tensor_bus.paths import agent_paths
+from etha.tensor_bus.records import encode
+from etha.tensor_bus.registry import Registry
+from etha.tensor_bus.service import Service
+from etha.tensor_bus.sessions import Session
+from etha.tensor_bus.state import StateReader, StateWriter
+
+CLIENT = b"c" * 16
+EMPTY = Manifest((), (), (), {})
+
+
+class Desk:
+    """A service with one worker, whose packets and commands a test writes itself."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self.paths = agent_paths(0)
+        self.queue, self.writer = CommandQueue(self.paths, create=True), StateWriter(self.paths.state)
+        self.backstage = Backstage()
+        self.service = Service(self.queue, Journal(self.writer, Registry()), Registry(), self.backstage)
+        registry = self.service.registry
+        self.journal = self.service._journal = Journal(self.writer, registry)
+        ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        self.session = Session(ours, Peer.of(ours), 0.0)
+        self.session.client = CLIENT
+        self.service.joined(self.session, clock.now())
+        for close in (self.queue.close, self.writer.close, self.session.close, self.theirs.close, self.backstage.close):
+            request.addfinalizer(close)
+        self.sequence = 0
+
+    def settle(self) -> list[packets.FromAgent]:
+        """One turn, and what it says to the worker."""
+        self.service.registry.judge(self.service.registry.table.take_beginners(), clock.now())
+        self.backstage.results()
+        self.service.settle(clock.now())
+        heard = []
+        while True:
+            try:
+                heard.append(packets.FROM_AGENT.decode(wire.receive(self.theirs)[0]))
+            except BlockingIOError:
+                return heard
+
+    def command(self, command: commands.Command, sequence: int | None = None) -> list[packets.FromAgent]:
+        self.sequence += 1
+        sequence = self.sequence if sequence is None else sequence
+        self.queue.put(CLIENT, sequence, encode(command), clock.now() + 9)
+        self.service.serve(self.session, clock.now())
+        return self.settle()
+
+    def ask(self, packet: packets.FromWorker) -> list[packets.FromAgent]:
+        self.service.packet(self.session, packet, [], clock.now())
+        return self.settle()
+
+    def register(self, name: str = "w", version: int = 0) -> list[packets.FromAgent]:
+        heard = self.command(commands.Register(name, EMPTY, version, False, 1, clock.now() + 9))
+        self.backstage._opener.submit(int).result(60)
+        return heard + self.settle()
+
+
+@pytest.fixture
+def desk(runtime: Path, request) -> Iterator[Desk]:
+    return Desk(request)
+
+
+def leaf(heard: list[packets.FromAgent]) -> str | None:
+    (said,) = heard
+    return said.failure.leaf if said.failure is not None else None
+
+
+@pytest.mark.parametrize("version", [1 << 63, (1 << 64) - 1, -1])
+def test_versions_beyond_63_bits_are_refused(desk, version):
+    assert leaf(desk.register(version=version)) == "InvalidArgument"
+    assert leaf(desk.register()) is None
+    assert leaf(desk.command(commands.Publish(1, version, 0))) == "InvalidArgument"
+    desk.ask(packets.Subscribe(1, "w", 1, clock.now() + 9))
+    if version > 0:
+        assert leaf(desk.ask(packets.Read(2, 1, "w", None, version, 1, clock.now() + 9))) == "InvalidArgument"
+        assert leaf(desk.ask(packets.Read(3, 1, "w", version, 0, 1, clock.now() + 9))) == "InvalidArgument"
+    assert isinstance(desk.ask(packets.Read(4, 1, "w", None, 0, 1, clock.now() + 9))[0], packets.Leased)
+
+
+def test_the_largest_sequence_fails_and_ends_nothing(desk):
+    assert leaf(desk.command(commands.Publish(1, 1, 0), sequence=(1 << 64) - 1)) == "InvalidArgument"
+    desk.service.serve(desk.session, clock.now())
+    assert desk.settle() == []
+
+
+def test_numbers_of_any_size_end_nothing(desk):
+    for number in (-(1 << 63), (1 << 64) - 1):
+        desk.command(commands.Close(number, number, clock.now() + 9))
+        desk.command(commands.Abandon(number, number))
+        desk.command(commands.Cancel(number))
+        desk.ask(packets.Release(number))
+    assert leaf(desk.register()) is None
+
+
+def test_a_closing_that_came_too_late_is_named(desk):
+    desk.register()
+    (said,) = desk.command(commands.Close(1, 1, clock.now() - 1))
+    assert '"w"' in said.failure.message
+
+
+def test_manifests_have_a_budget_and_give_it_back(desk, monkeypatch):
+    monkeypatch.setattr(journal, "MANIFESTS_LIMIT", 100)
+    assert leaf(desk.register("a")) is None
+    assert desk.journal._reserved_bytes > 0
+    assert [leaf(desk.register(name)) for name in ("b", "c", "d")][-1] == "QueueFull"
+    assert desk.service._memory._announced == {}
+    for generation in list(desk.service.registry.publications):
+        desk.command(commands.Close(generation, 1, clock.now() + 9))
+    desk.backstage._opener.submit(int).result(60)
+    desk.settle()
+    assert desk.service.registry.publications == {}
+    assert desk.journal._reserved_bytes == 0
+    assert leaf(desk.register("d")) is None
+    monkeypatch.setattr(journal, "MANIFEST_LIMIT", 10)
+    assert leaf(desk.register("e")) == "QueueFull"
+
+
+def test_a_registration_that_fails_gives_its_room_back(desk):
+    desk.register("a")
+    before = desk.journal._reserved_bytes
+    assert leaf(desk.register("a")) == "NameTaken"
+    assert desk.journal._reserved_bytes == before
+
+
+def test_what_cannot_be_recorded_is_not_granted_until_it_can(desk, monkeypatch, caplog):
+    desk.register()
+    desk.ask(packets.Subscribe(1, "w", 1, clock.now() + 9))
+    reader = StateReader(desk.paths.state)
+
+    def full(*_):
+        raise QueueFull("the disk is full.")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.ERROR), reader._env.begin() as transaction:
+        transaction.get(b"a")
+        patch.setattr(desk.writer, "write", full)
+        assert desk.ask(packets.Read(2, 1, "w", None, 0, 1, clock.now() + 9)) == []
+        assert desk.command(commands.Publish(1, 1, 0)) == []
+        assert desk.settle() == []
+    assert caplog.text.count("nothing can be recorded") == 1
+    assert f"oldest reader: {desk.session.peer.label.split(' (')[0]}" in caplog.text
+    (said,) = desk.settle()
+    assert (said.number, said.version) == (2, 0)
+    assert reader.version(1).version == 1
+    reader.close()
+
+
+def test_a_mistake_in_one_effect_does_not_swallow_the_others(desk, monkeypatch, caplog):
+    desk.register()
+    desk.ask(packets.Subscribe(1, "w", 1, clock.now() + 9))
+    reply = desk.service._reply
+
+    def stumble(session, effect):
+        if effect.claim.number == 2:
+            raise RuntimeError("a mistake")
+        reply(session, effect)
+
+    monkeypatch.setattr(desk.service, "_reply", stumble)
+    for number in (2, 3):
+        desk.service.packet(desk.session, packets.Read(number, 1, "w", None, 0, 1, clock.now() + 9), [], clock.now())
+    (said,) = desk.settle()
+    assert said.number == 3
+    assert "a mistake" in caplog.text
