@@ -8,6 +8,8 @@ Layers, from the bottom up; nothing here imports torch before a tensor is touche
     etha.cli                the command `etha`
 """
 
+import logging
+
 from etha.errors import EthaError as EthaError
 from etha.tensor_bus import BootstrapInfo as BootstrapInfo
 from etha.tensor_bus import Lease as Lease
@@ -18,3 +20,5 @@ from etha.tensor_bus import bootstrap_client as bootstrap_client
 from etha.tensor_bus import setup_ptrace as setup_ptrace
 
 __version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # a program that configures no logging hears nothing

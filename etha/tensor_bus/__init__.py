@@ -14,7 +14,8 @@ From the bottom up; a module imports only what stands above it in this list::
       subscription, tracer, client,
       bootstrap
     premises, sessions, front_door,       the agent itself
-      memory, journal, service, agent
+      memory, chronicle, journal,
+      service, agent
 """
 
 from etha.tensor_bus.bootstrap import BootstrapInfo as BootstrapInfo

@@ -244,6 +244,7 @@ class TensorBusAgent:
         text = self._lock.text
         error = mismatch(hello, text, self.paths.command)
         if error is not None:
+            logger.info("refused %s: %s: %s", session.peer.label, type(error).__name__, error.message)
             session.send(packets.Refused(0, Failure.of(error)))
             self._cut(session, now)
             return
@@ -273,12 +274,14 @@ class TensorBusAgent:
 
     def _left(self, session: Session, now: float) -> None:
         self._part(session)
+        logger.info("%s left", session.peer.label)
         self._service.left(session, now)
         self._clear_after(session)
         session.close()
 
     def _died(self, session: Session, now: float) -> None:
         self._part(session)
+        logger.info("%s died", session.peer.label)
         self._service.died(session, now)
         self._clear_after(session)
         pid, uid, started = session.peer.pid, session.peer.uid, session.peer.started

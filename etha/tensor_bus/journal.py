@@ -13,6 +13,7 @@ from typing import Final
 import msgspec
 
 from etha.errors import QueueFull, SystemLimit
+from etha.tensor_bus.chronicle import Chronicle
 from etha.tensor_bus.claims import Claim, ClaimId, Closing, Import, Lease, Publication, Registration, Update
 from etha.tensor_bus.records import MAX_RECORD_BYTES
 from etha.tensor_bus.registry import Registry
@@ -66,6 +67,7 @@ class Journal:
         self._reserved: dict[ClaimId, int] = {}
         self._reserved_bytes = 0
         self._halted = False
+        self._chronicle = Chronicle()
         self._outcomes: dict[bytes, deque[int]] = {}
 
     def served(self, client: bytes, sequence: int) -> None:
@@ -117,7 +119,8 @@ class Journal:
             self._collect(now)
         if self._changes:
             self._writer.write(self._changes)
-            self._changes = {}
+            changes, self._changes = self._changes, {}
+            self._chronicle.committed(changes)
 
     def record(self, now: float) -> bool:
         """`commit`, and say in the log that it fails, or that it does no more; whether it did not fail."""
@@ -130,7 +133,7 @@ class Journal:
             self._halted = True
             return False
         if self._halted:
-            logger.error("it can be recorded again")
+            logger.warning("it can be recorded again")
         self._halted = False
         return True
 
