@@ -9,10 +9,11 @@ From the bottom up; a module imports only what stands above it in this list::
     packets, wire                         what crosses the connection, and how
     claims, claim_table, waiting,         the rules: pure, no I/O
       verdicts, access, naming, registry
-    pending, connection, reach, link      a worker's end of the connection
+    pending, connection, reach, finding,  a worker's end of the connection
+      link
     copying, lease, publication,          what a user holds
       subscription, tracer, client,
-      bootstrap
+      bootstrap, local
     premises, sessions, front_door,       the agent itself
       memory, chronicle, journal,
       service, agent
@@ -23,6 +24,8 @@ from etha.tensor_bus.bootstrap import bootstrap_client as bootstrap_client
 from etha.tensor_bus.bootstrap import setup_ptrace as setup_ptrace
 from etha.tensor_bus.client import TensorBusClient as TensorBusClient
 from etha.tensor_bus.lease import Lease as Lease
+from etha.tensor_bus.local import LocalAgent as LocalAgent
+from etha.tensor_bus.local import local_agent as local_agent
 from etha.tensor_bus.publication import Publication as Publication
 from etha.tensor_bus.publication import Reader as Reader
 from etha.tensor_bus.subscription import Subscription as Subscription
