@@ -9,10 +9,15 @@ import signal
 import subprocess
 import sys
 
+import msgspec
 import pytest
+from box import until
 
 from etha.cli.inspect import look_up
-from etha.errors import InvalidArgument, NoAgent, NoPublication
+from etha.errors import EthaError, InvalidArgument, NoAgent, NoPublication, VersionMismatch
+from etha.tensor_bus.ipc.process import boot_id, pid_namespace
+from etha.tensor_bus.lockfile import LockText
+from etha.tensor_bus.records import SCHEMA
 
 COMMAND = [sys.executable, "-m", "etha", "inspect"]
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives capabilities away")
@@ -147,6 +152,20 @@ def test_what_a_dead_owner_left_is_shown_beside_its_successor(owner, reader, sta
     assert [holder["role"] for holder in old["allocations"][0]["holders"]] == ["reader"]
 
 
+def test_who_waits_for_a_dead_owners_successor_is_shown(owner, reader, start_worker):
+    owner.kill()
+    reader.do("select.select([policy.fileno()], [], [], 30)")
+    waiting = start_worker()
+    waiting.say("policy = client.subscribe('policy', timeout=60)")
+    until(lambda: inspected("policy")["publications"][0]["claims"])
+    (view,) = inspected("policy")["publications"]
+    (claim,) = view["claims"]
+    assert (view["phase"], claim["kind"], claim["granted"]) == ("owner died", "import", False)
+    assert claim["pid"] == waiting.pid
+    start_worker(setup="t = torch.ones(4).share_memory_(); p = client.register_tensors('policy', {'t': t})")
+    waiting.hear()
+
+
 @as_root
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv")
 def test_what_is_forbidden_costs_the_look_and_is_named(owner, reader):
@@ -227,7 +246,23 @@ def test_a_damaged_state_is_said_and_another_agent_still_found(owner, runtime):
     damaged.write_bytes(b"no database at all" * 1000)
     damaged.chmod(0o600)
     assert look_up("policy").agent.rank == 0
+    with pytest.raises(NoPublication, match="agent_rank5_state"):
+        look_up("other")
     assert str(damaged) in etha("policy", "--rank", "5", status=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"), [({"schema": SCHEMA + 1}, VersionMismatch), ({"boot": "another"}, NoAgent)]
+)
+def test_what_another_etha_or_boot_wrote_is_not_opened(runtime, change: dict, error: type[EthaError]):
+    text = LockText(4122, boot_id(), pid_namespace(), 7, SCHEMA, 0, "cpu")
+    (runtime / "agent_rank0_command.lmdb.agent").write_bytes(
+        msgspec.json.encode(msgspec.structs.replace(text, **change))
+    )
+    (runtime / "agent_rank0_state.lmdb").write_bytes(b"no database: to open it would be another error")
+    with pytest.raises(error) as caught:
+        look_up("policy")
+    assert caught.value.resource == str(runtime / "agent_rank0_state.lmdb")
 
 
 # -- as many as there are ----------------------------------------------------------------------------------------------

@@ -140,7 +140,8 @@ def test_one_that_will_not_end_is_killed(runtime: Path, monkeypatch: pytest.Monk
 # -- this process ends -------------------------------------------------------------------------------------------------
 
 PROGRAM = """
-import os, sys, threading, etha
+import logging, os, sys, etha
+logging.basicConfig()
 with etha.local_agent() as agent:
     print(agent.pid, flush=True)
     {body}
@@ -149,7 +150,11 @@ with etha.local_agent() as agent:
 
 def program(body: str) -> tuple[subprocess.Popen[str], int, int]:
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM.format(body=body)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", PROGRAM.format(body=body)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     pid = int(process.stdout.readline())
     return process, pid, os.pidfd_open(pid)
@@ -187,7 +192,7 @@ def test_a_forked_child_that_leaves_the_block_ends_nothing(runtime: Path):
     assert process.stdout.readline() == "waited\n"
     assert not gone(pidfd, 0)
     assert read_lock(agent_paths(0).lock).text.pid == pid
-    process.communicate("", timeout=60)
+    assert process.communicate("", timeout=60) == ("", "")
     assert process.returncode == 0
     assert gone(pidfd, 0)
     os.close(pidfd)
@@ -207,6 +212,17 @@ def test_a_parent_that_is_none_is_refused(runtime: Path, pid: str):
     assert (done.returncode, done.stdout) == (1, "")
     assert "InvalidArgument" in done.stderr
     assert list(runtime.iterdir()) == []
+
+
+def test_what_it_said_can_be_read_afterwards(runtime: Path):
+    with etha.local_agent() as agent:
+        os.unlink(agent.paths.lock)
+        pidfd = os.pidfd_open(agent.pid)
+        assert gone(pidfd)
+        os.close(pidfd)
+        said = agent.said
+    assert agent.said == said
+    assert "was removed under this agent" in said
 
 
 # -- what cannot start -------------------------------------------------------------------------------------------------
@@ -233,6 +249,17 @@ def test_a_python_that_cannot_be_run(runtime: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(AgentFailed) as caught, etha.local_agent():
         pass
     assert caught.value.resource == str(runtime / "python")
+
+
+def test_what_else_is_written_to_stdout_is_not_taken_for_its_line(
+    runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    chatty = tmp_path / "python"
+    chatty.write_text(f'#!/bin/sh\necho hello\nexec {sys.executable} "$@"\n')
+    chatty.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(chatty))
+    with etha.local_agent() as agent:
+        assert read_lock(agent.paths.lock).text.pid == agent.pid
 
 
 def test_the_time_to_start_is_kept(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

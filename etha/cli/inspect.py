@@ -17,12 +17,13 @@ from etha.cli.anatomy import Anatomy, Owner, Reader, anatomy
 from etha.cli.looking import Eyes, remembered
 from etha.cli.sheet import lines, printable
 from etha.cli.survey import condition_of, lock_beside
-from etha.errors import EthaError, InvalidArgument, NoAgent, NoPublication
+from etha.errors import EthaError, InvalidArgument, NoAgent, NoPublication, VersionMismatch
 from etha.tensor_bus import clock
 from etha.tensor_bus.ipc.manifest import validate
 from etha.tensor_bus.ipc.process import boot_id
 from etha.tensor_bus.lockfile import read_lock
 from etha.tensor_bus.paths import agents_by_convention, default_paths, runtime_directory
+from etha.tensor_bus.records import SCHEMA
 from etha.tensor_bus.state import (
     AgentRecord,
     ClaimRecord,
@@ -114,33 +115,34 @@ def look_up(name: str, rank: int | None = None, state_path: str | None = None) -
         InvalidArgument: several agents have one of the name.
         EthaError: the only agent's files cannot be read; see `StateReader`.
     """
-    books = _having(name, list(_books(rank, state_path)))
+    books = _having(name, *_open(rank, state_path))
     return Report(books.agent, tuple(_anatomies(name, books)))
 
 
-def _books(rank: int | None, state_path: str | None) -> Iterator[Books]:
+def _open(rank: int | None, state_path: str | None) -> tuple[list[Books], list[EthaError]]:
+    """The books of every agent that is meant, and why others cannot be read."""
     if state_path is not None:
         paths = [state_path]
     elif rank is not None:
         paths = [default_paths(rank)[1]]
     else:
         paths = [path for _, path in agents_by_convention()]
+    books: list[Books] = []
     failures: list[EthaError] = []
-    found = False
     for path in paths:
         try:
-            books = _read(path)
+            books.append(_read(path))
         except EthaError as error:
             failures.append(error)
-            continue
-        found = True
-        yield books
-    if failures and not found:
+    if failures and not books:
         raise failures[0]
+    return books, failures
 
 
 def _read(state_path: str) -> Books:
     lock = lock_beside(state_path)
+    if lock is not None and lock.text is not None:  # before LMDB opens anything
+        _require_current(state_path, lock.text.boot, lock.text.schema)
     reader = StateReader(state_path)
     try:
         now = clock.now()
@@ -152,10 +154,7 @@ def _read(state_path: str) -> Books:
     agent: AgentRecord | None = next(iter(records[AgentRecord].values()), None)
     if agent is None:
         raise NoAgent(f"the agent of {state_path} has recorded nothing yet.", resource=state_path, remedy="Try again.")
-    if agent.boot != boot_id():
-        raise NoAgent(
-            f"{state_path} is of another boot: what it names is gone.", resource=state_path, remedy="Start: etha agent"
-        )
+    _require_current(state_path, agent.boot, agent.schema)
     condition = condition_of(agent, lock or read_lock(agent.command + ".agent"), now)
     view = AgentBrief(
         agent.rank, agent.pid, condition, agent.device, agent.epoch, os.path.abspath(state_path), now - agent.heartbeat
@@ -163,7 +162,25 @@ def _read(state_path: str) -> Books:
     return Books(view, agent.namespace, now, records)
 
 
-def _having(name: str, books: list[Books]) -> Books:
+def _require_current(state_path: str, boot: str, schema: int) -> None:
+    """Refuse what means nothing any more, and what another etha wrote.
+
+    Raises:
+        NoAgent, VersionMismatch: so it is.
+    """
+    if boot != boot_id():
+        raise NoAgent(
+            f"{state_path} is of another boot: what it names is gone.", resource=state_path, remedy="Start: etha agent"
+        )
+    if schema != SCHEMA:
+        raise VersionMismatch(
+            f"{state_path} has record schema {schema}, this etha {SCHEMA}.",
+            resource=state_path,
+            remedy="Use the etha that its agent is of.",
+        )
+
+
+def _having(name: str, books: list[Books], failures: list[EthaError]) -> Books:
     """The one agent that has a publication of the name; where several have, the one that is not dead."""
     if not books:
         where = runtime_directory()
@@ -179,7 +196,10 @@ def _having(name: str, books: list[Books]) -> Books:
             remedy="Say --rank.",
         )
     if not having:
-        raise NoPublication(f'nothing is published as "{printable(name)}".', resource=name, remedy=_there_are(books))
+        unread = "".join(f" Not read: {failure.message}" for failure in failures)
+        raise NoPublication(
+            f'nothing is published as "{printable(name)}".{unread}', resource=name, remedy=_there_are(books)
+        )
     return (alive or having)[0]
 
 

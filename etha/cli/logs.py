@@ -88,6 +88,7 @@ class AsideHandler(logging.Handler):
         self._stream = stream
         self._lines: queue.Queue[str | None] = queue.Queue(room)
         self._dropped = 0
+        self._counting = threading.Lock()  # not the handler's own, which `logging` holds while it waits in `close`
         self._thread = threading.Thread(target=self._write, name="etha-log", daemon=True)
         self._thread.start()
 
@@ -101,7 +102,8 @@ class AsideHandler(logging.Handler):
         try:
             self._lines.put_nowait(line)
         except queue.Full:
-            self._dropped += 1
+            with self._counting:
+                self._dropped += 1
 
     def close(self) -> None:
         """Wait a moment for what has been said to be written. Called by `logging` at the end of the process."""
@@ -114,7 +116,8 @@ class AsideHandler(logging.Handler):
 
     def _write(self) -> None:
         while (line := self._lines.get()) is not None:
-            dropped, self._dropped = self._dropped, 0
+            with self._counting:
+                dropped, self._dropped = self._dropped, 0
             try:
                 self._stream.write(line + "\n")
                 if dropped:

@@ -35,8 +35,10 @@ logger = logging.getLogger(__name__)
 _GRACE_SECONDS: Final = 5.0
 """From SIGTERM to SIGKILL."""
 
-_TAIL_BYTES: Final = 4096
+_TAIL_LENGTH: Final = 4096
 """Of what the agent said, in an error."""
+
+_SAID_BYTES: Final = 1 << 20
 
 
 class LocalAgent:
@@ -58,7 +60,8 @@ class LocalAgent:
         self.device = device
         self.paths = paths
         self._process = process
-        self._said = said
+        self._file = said
+        self._last_words = ""
 
     def client(self, connection_timeout: float = 30.0) -> TensorBusClient:
         """A new client of this agent. Close it before the agent's end: ``with agent.client() as client``.
@@ -73,13 +76,24 @@ class LocalAgent:
 
     @property
     def said(self) -> str:
-        """What it has logged so far; a healthy agent says nothing."""
-        return os.pread(self._said.fileno(), 1 << 20, 0).decode(errors="replace")
+        """What it has logged so far, its first MiB; a healthy agent says nothing."""
+        if self._file.closed:
+            return self._last_words
+        return os.pread(self._file.fileno(), _SAID_BYTES, 0).decode(errors="replace")
 
     @property
     def alive(self) -> bool:
         """Whether it still runs."""
         return self._process.poll() is None
+
+    def _end(self) -> None:
+        if not self.alive:
+            logger.warning("%r ended before its block did: %s", self, self.said or "it said nothing")
+        try:
+            _end(self._process, self.paths)
+        finally:
+            self._last_words = self.said
+            self._file.close()
 
     def __repr__(self) -> str:
         return f"<LocalAgent of rank {self.rank}, pid {self.pid}>"
@@ -108,10 +122,7 @@ def local_agent(device: str = "cpu", *, timeout: float = 30.0) -> Iterator[Local
         yield agent
     finally:
         if os.getpid() == creator:
-            if not agent.alive:
-                logger.warning("%r ended before its block did: %s", agent, agent.said or "it said nothing")
-            _end(agent._process, agent.paths)
-            agent._said.close()
+            agent._end()
 
 
 # `subprocess` and `tempfile` are loaded where they are used: a process that only imports etha need not pay for them.
@@ -159,15 +170,15 @@ def _try(
         ) from error
     agent = LocalAgent(rank, device, paths, process, said)
     try:
-        if _says_that_it_serves(process, deadline):
+        if _says_that_it_serves(process, paths, deadline):
             return agent
         ended = not agent.alive
-        if ended and _belongs_to_another(paths, process.pid):
+        if ended and _holder(paths) not in (None, process.pid):
             _end(process, paths)
             return None
         how = f"ended with status {process.returncode}" if ended else f"did not serve within {timeout:g} s"
         raise AgentFailed(
-            f"the agent of rank {rank} {how}. It said: {agent.said.strip()[-_TAIL_BYTES:] or 'nothing'}",
+            f"the agent of rank {rank} {how}. It said: {agent.said.strip()[-_TAIL_LENGTH:] or 'nothing'}",
             resource=paths.command,
             holder=f"pid {process.pid}",
             remedy=f"Try it at a terminal: {' '.join(command[2:])}",
@@ -177,8 +188,11 @@ def _try(
         raise
 
 
-def _says_that_it_serves(process: subprocess.Popen[bytes], deadline: float) -> bool:
-    """Whether it has written its line, which is the only one, before its end and the deadline."""
+def _says_that_it_serves(process: subprocess.Popen[bytes], paths: AgentPaths, deadline: float) -> bool:
+    """Whether it has written its line, and holds its lock, before its end and the deadline.
+
+    Something else of that Python may write to stdout too (a ``sitecustomize``), and earlier: hence the lock.
+    """
     import subprocess
 
     if process.stdout is None:
@@ -186,16 +200,20 @@ def _says_that_it_serves(process: subprocess.Popen[bytes], deadline: float) -> b
     with process.stdout as pipe:
         poll = select.poll()
         poll.register(pipe, select.POLLIN)
-        heard = bool(poll.poll(clock.remaining(deadline) * 1000)) and bool(os.read(pipe.fileno(), 1 << 16))
-    if not heard and clock.remaining(deadline):
-        with suppress(subprocess.TimeoutExpired):  # its end of file came: so will its end
-            process.wait(clock.remaining(deadline))
-    return heard
+        while poll.poll(clock.remaining(deadline) * 1000) and os.read(pipe.fileno(), 1 << 16):
+            if _holder(paths) == process.pid:
+                return True
+    with suppress(subprocess.TimeoutExpired):  # where its end of file came, so will its end
+        process.wait(clock.remaining(deadline))
+    return False
 
 
-def _belongs_to_another(paths: AgentPaths, pid: int) -> bool:
+def _holder(paths: AgentPaths) -> int | None:
+    """The pid of the living agent that holds the path, 0 while it has not said it, or None."""
     lock = read_lock(paths.lock)
-    return lock is not None and lock.held and (lock.text is None or lock.text.pid != pid)
+    if lock is None or not lock.held:
+        return None
+    return 0 if lock.text is None else lock.text.pid
 
 
 def _end(process: subprocess.Popen[bytes], paths: AgentPaths) -> None:
