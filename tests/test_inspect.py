@@ -292,6 +292,14 @@ def test_a_pipe_that_is_closed_early_is_no_error(agent, start_worker):
     assert done.stderr == ""
 
 
+def test_a_name_that_the_terminal_cannot_write_is_escaped(agent, start_worker, monkeypatch):
+    start_worker(setup="p = client.register_tensors('policy', {'gewicht.ж': torch.ones(4).share_memory_()})")
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    done = subprocess.run([*COMMAND, "policy"], capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"gewicht.\\u0436" in done.stdout
+
+
 def test_it_loads_no_torch(owner, reader):
     ran = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "etha", "inspect", "policy"],

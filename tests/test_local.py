@@ -31,7 +31,7 @@ def gone(pidfd: int, timeout: float = 30.0) -> bool:
 def test_an_agent_for_a_block_and_nothing_afterwards(runtime: Path):
     environment, descriptors = dict(os.environ), os.listdir("/proc/self/fd")
     threads = threading.active_count()
-    with etha.local_agent() as agent:
+    with etha.local_agent(torch.device("cpu")) as agent:
         pidfd = os.pidfd_open(agent.pid)
         assert (agent.rank, agent.device, agent.alive) == (0, "cpu", True)
         assert read_lock(agent.paths.lock).text.pid == agent.pid
@@ -264,7 +264,7 @@ def test_what_else_is_written_to_stdout_is_not_taken_for_its_line(
 
 def test_the_time_to_start_is_kept(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     idle = tmp_path / "python"
-    idle.write_text("#!/bin/sh\necho waiting >&2\nexec sleep 600\n")
+    idle.write_text("#!/bin/sh\ntrap '' TERM\necho waiting >&2\nexec sleep 600\n")
     idle.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(idle))
     began = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import sys
@@ -98,6 +99,8 @@ def inspect(
         text = Text(f"etha inspect: {type(error).__name__}: {error}", "red")
         Console(stderr=True, soft_wrap=True).print(text)
         raise typer.Exit(2) from error
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name need not fit into the terminal's encoding
     if json:
         sys.stdout.write(msgspec.json.encode(report).decode() + "\n")
     else:
@@ -145,10 +148,10 @@ def _read(state_path: str) -> Books:
         _require_current(state_path, lock.text.boot, lock.text.schema)
     reader = StateReader(state_path)
     try:
-        now = clock.now()
         records = reader.snapshot(
             (AgentRecord, ClientRecord, PublicationRecord, VersionRecord, MemoryRecord, ClaimRecord)
         )
+        now = clock.now()
     finally:
         reader.close()
     agent: AgentRecord | None = next(iter(records[AgentRecord].values()), None)

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from typing import IO, TYPE_CHECKING, Final
 
-from etha.errors import AgentFailed
+from etha.errors import AgentFailed, EthaError
 from etha.tensor_bus import clock
 from etha.tensor_bus.client import TensorBusClient
 from etha.tensor_bus.finding import device_name
@@ -29,6 +29,8 @@ from etha.tensor_bus.paths import AgentPaths, agent_paths, runtime_directory
 
 if TYPE_CHECKING:
     import subprocess
+
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +92,7 @@ class LocalAgent:
         if not self.alive:
             logger.warning("%r ended before its block did: %s", self, self.said or "it said nothing")
         try:
-            _end(self._process, self.paths)
+            _end(self._process, self.paths, _GRACE_SECONDS)
         finally:
             self._last_words = self.said
             self._file.close()
@@ -100,7 +102,7 @@ class LocalAgent:
 
 
 @contextmanager
-def local_agent(device: str = "cpu", *, timeout: float = 30.0) -> Iterator[LocalAgent]:
+def local_agent(device: str | torch.device = "cpu", *, timeout: float = 30.0) -> Iterator[LocalAgent]:
     """Run an agent for as long as the block lasts.
 
     Leaving the block ends it (SIGTERM, after 5 s SIGKILL) and removes its files, also if a client is still open: that
@@ -174,7 +176,7 @@ def _try(
             return agent
         ended = not agent.alive
         if ended and _holder(paths) not in (None, process.pid):
-            _end(process, paths)
+            _end(process, paths, 0.0)
             return None
         how = f"ended with status {process.returncode}" if ended else f"did not serve within {timeout:g} s"
         raise AgentFailed(
@@ -184,7 +186,7 @@ def _try(
             remedy=f"Try it at a terminal: {' '.join(command[2:])}",
         )
     except BaseException:
-        _end(process, paths)
+        _end(process, paths, 0.0)
         raise
 
 
@@ -216,7 +218,7 @@ def _holder(paths: AgentPaths) -> int | None:
     return 0 if lock.text is None else lock.text.pid
 
 
-def _end(process: subprocess.Popen[bytes], paths: AgentPaths) -> None:
+def _end(process: subprocess.Popen[bytes], paths: AgentPaths, grace: float) -> None:
     """SIGTERM, a time of grace, SIGKILL; then nothing of it is left."""
     import subprocess
 
@@ -224,7 +226,7 @@ def _end(process: subprocess.Popen[bytes], paths: AgentPaths) -> None:
         process.terminate()
         process.send_signal(signal.SIGCONT)  # one that is stopped would not hear the first
         with suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE_SECONDS)
+            process.wait(grace)
     finally:  # an impatient Ctrl-C, too
         if process.poll() is None:
             process.kill()
@@ -249,7 +251,7 @@ def _remove(paths: AgentPaths, pid: int) -> None:
             for path in (*paths.removable, paths.lock):
                 with suppress(FileNotFoundError):
                     os.unlink(path)
-    except (BlockingIOError, FileNotFoundError):
-        return  # a successor has it
+    except (BlockingIOError, FileNotFoundError, EthaError):
+        return  # it is another's by now
     finally:
         os.close(fd)
