@@ -11,15 +11,15 @@ From the bottom up; a module imports only what stands above it in this list::
       verdicts, access, naming, settling,
       registry
     pending, channel, bell, line,          a worker's end of the connection, from one agent to the next
-      connection, reach, link
+      connection, reach, finding, link
     copying, lease, mapped, subscription,  what a user holds
       shared, update, publication,
-      tracer, client, bootstrap
+      tracer, client, bootstrap, local
     examination, premises, sessions,       the agent itself
       switchboard, front_door, memory,
-      journal, claimants, orders,
-      requests, service, recovery,
-      reception, agent
+      chronicle, journal, claimants,
+      orders, requests, service,
+      recovery, reception, agent
 """
 
 from etha.tensor_bus.bootstrap import BootstrapInfo as BootstrapInfo
@@ -27,6 +27,8 @@ from etha.tensor_bus.bootstrap import bootstrap_client as bootstrap_client
 from etha.tensor_bus.bootstrap import setup_ptrace as setup_ptrace
 from etha.tensor_bus.client import TensorBusClient as TensorBusClient
 from etha.tensor_bus.lease import Lease as Lease
+from etha.tensor_bus.local import LocalAgent as LocalAgent
+from etha.tensor_bus.local import local_agent as local_agent
 from etha.tensor_bus.publication import Publication as Publication
 from etha.tensor_bus.publication import Reader as Reader
 from etha.tensor_bus.subscription import Subscription as Subscription

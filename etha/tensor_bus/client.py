@@ -12,6 +12,7 @@ from etha.errors import AgentGone, ClientClosed, InvalidArgument
 from etha.tensor_bus import clock, tracer
 from etha.tensor_bus.commands import Register
 from etha.tensor_bus.connection import Connection
+from etha.tensor_bus.finding import device_name, find_agent
 from etha.tensor_bus.ipc.backend import backend_for
 from etha.tensor_bus.link import Link, Ticket
 from etha.tensor_bus.paths import agent_paths
@@ -83,6 +84,28 @@ class TensorBusClient:
         self.agent_pid = pid
         if self.tracer_slot is not None:
             self.tracer_slot = tracer.hand_on(self.tracer_slot, pid)
+
+    @classmethod
+    def for_device(cls, device: str | torch.device, connection_timeout: float = 30.0) -> TensorBusClient:
+        """Connect to the agent that serves a device, for launchers without ranks.
+
+        It is sought among the agents of the path convention, by their lock files. If several serve the device, the one
+        of the lowest rank is taken.
+
+        Args:
+            device: ``"cpu"``, or a `torch.device`.
+            connection_timeout: seconds to wait for such an agent, and to connect; else as above.
+
+        Raises:
+            NoAgent: none serves it; ``resource`` is the device, and the text says which agents there are.
+            InvalidArgument: no device.
+            AgentStopped, AgentGone, UnsafePath: as above.
+        """
+        name, deadline = device_name(device), clock.deadline_after(connection_timeout)
+        rank, paths = find_agent(name, deadline)
+        client = cls(rank, paths.command, paths.state, clock.remaining(deadline))
+        client._link.patience = max(connection_timeout, 1.0)  # not what the search has left of it
+        return client
 
     @property
     def connection(self) -> Connection:

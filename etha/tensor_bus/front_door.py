@@ -91,6 +91,7 @@ class FrontDoor:
             peer = Peer.of(sock)
         except (EthaError, OSError) as error:
             if isinstance(error, OtherNamespace):
+                logger.info("refused a connection: %s", error.message)
                 _say_why(sock, error)
             self.refused += 1
             sock.close()

@@ -13,6 +13,7 @@ from typing import Final
 import msgspec
 
 from etha.errors import QueueFull, SystemLimit
+from etha.tensor_bus.chronicle import Chronicle
 from etha.tensor_bus.claims import (
     Claim,
     ClaimId,
@@ -83,6 +84,7 @@ class Journal:
         self._reserved_bytes = 0
         self._halted = False
         self._outcomes: dict[bytes, dict[int, OutcomeRecord]] = {}
+        self._chronicle = Chronicle()
 
     def served(self, client: bytes, sequence: int) -> None:
         """The client's commands up to ``sequence`` have had their effect."""
@@ -103,15 +105,21 @@ class Journal:
         return self._outcomes.get(client, {})
 
     def inherit(
-        self, outcomes: dict[bytes, dict[int, OutcomeRecord]], manifests: Iterable[tuple[Publication, int]], newest: int
+        self,
+        records: Mapping[bytes, msgspec.Struct],
+        outcomes: dict[bytes, dict[int, OutcomeRecord]],
+        manifests: Iterable[tuple[Publication, int]],
+        newest: int,
     ) -> None:
         """Go on where a predecessor has ended: what it recorded stands in the state already.
 
         Args:
+            records: all of it.
             outcomes: client to sequence to outcome, each in order.
             manifests: publications that are recorded, each with the bytes of its record.
             newest: the newest generation.
         """
+        self._chronicle.inherit(records.items())
         self._outcomes = outcomes
         self._newest = newest
         for publication, size in manifests:
@@ -160,7 +168,8 @@ class Journal:
             self._collect(now)
         if self._changes:
             self._writer.write(self._changes)
-            self._changes = {}
+            changes, self._changes = self._changes, {}
+            self._chronicle.committed(changes)
 
     def record(self, now: float) -> bool:
         """`commit`, and say in the log that it fails, or that it does no more; whether it did not fail."""
@@ -173,7 +182,7 @@ class Journal:
             self._halted = True
             return False
         if self._halted:
-            logger.error("it can be recorded again")
+            logger.warning("it can be recorded again")
         self._halted = False
         return True
 

@@ -124,7 +124,7 @@ class Premises:
             for path in found:
                 self._require_ours(path)
             for path in found:
-                logger.info("removing %s, left by an earlier agent", path)
+                logger.debug("removing %s", path)
                 os.unlink(path)
 
     def hold(self, path: str) -> None:

@@ -56,6 +56,7 @@ class Reception:
         text = self._text
         error = mismatch(hello, text, self._path)
         if error is not None:
+            logger.info("refused %s: %s: %s", session.peer.label, type(error).__name__, error.message)
             session.send(packets.Refused(0, Failure.of(error)))
             self.cut(session, now)
             return
@@ -72,6 +73,7 @@ class Reception:
         """A client has another connection: its claims are its own again, if it is the process that it says."""
         known = self._service.client(client)
         if known is None or not same_process(known, stranger):
+            logger.warning("refused %s: it is no client of this agent's, nor of the one before", stranger.peer.label)
             stranger.send(packets.Refused(0, Failure.of(unknown_client(self._path, stranger.peer.label))))
             self.cut(stranger, now)
             return
@@ -93,6 +95,7 @@ class Reception:
             if session.leaving:
                 self.guarded(session, self.left, now)
         for client, record in found.dead.items():
+            logger.info("%s died while there was no agent", record.label)
             self._service.registry.client_died(client, now)
             self._service.counters["deaths"] += 1
             self._remove_leftovers(record.pid, os.geteuid(), record.started)
@@ -124,6 +127,7 @@ class Reception:
     def left(self, session: Session, now: float) -> None:
         """It holds nothing any more, by its own word."""
         self._board.part(session)
+        logger.info("%s left", session.peer.label)
         self._service.left(session, now)
         self._clear_after(session)
         session.close()
@@ -131,6 +135,7 @@ class Reception:
     def died(self, session: Session, now: float) -> None:
         """Its process is dead."""
         self._board.part(session)
+        logger.info("%s died", session.peer.label)
         self._service.died(session, now)
         self._clear_after(session)
         self._remove_leftovers(session.peer.pid, session.peer.uid, session.peer.started)

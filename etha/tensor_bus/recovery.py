@@ -87,6 +87,7 @@ def recover(records: Mapping[bytes, Any], registry: Registry, journal: Journal, 
 
 class _Recovery:
     def __init__(self, records: Mapping[bytes, Any], registry: Registry, journal: Journal, now: float) -> None:
+        self._records = records
         self._registry = registry
         self._journal = journal
         self._now = now
@@ -110,7 +111,7 @@ class _Recovery:
         for key, outcome in self._kinds[OutcomeRecord].items():
             outcomes.setdefault(key_client(key), {})[key_number(key)] = outcome
         newest = max((each.newest for each in self._kinds[GenerationRecord].values()), default=0)
-        self._journal.inherit(outcomes, self._sizes, newest)
+        self._journal.inherit(self._records, outcomes, self._sizes, newest)
         self._registry.generations = itertools.count(newest + 1)
         return found
 
