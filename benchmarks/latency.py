@@ -20,7 +20,7 @@ from costs.catalogue import Group, chosen
 from costs.machine import machine
 from costs.pairing import Run
 from costs.processes import Helper, Talk
-from costs.report import METHOD, Report, table, write
+from costs.report import METHOD, Report, quotation, read, table, write
 from costs.row import Row
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -37,12 +37,18 @@ def latency(
     output: Annotated[
         Path | None, typer.Option(help="JSON file. [default: results/latency.json, if every row is measured in full]")
     ] = None,
+    quote: Annotated[
+        bool, typer.Option("--quote", help="Measure nothing: print the file's rows as the README quotes them.")
+    ] = False,
     plot: Annotated[bool, typer.Option("--plot", help="A PNG beside the JSON file (needs matplotlib).")] = False,
 ) -> None:
     """Measure what etha costs, beside the bare floor of each operation.
 
     Exit status 0: every row was measured, whatever it showed. 1: one could not be. 2: no such row.
     """
+    if quote:
+        sys.stdout.write(quotation(read(output or RESULTS)))
+        return
     try:
         groups = chosen(only or [])
     except LookupError as error:

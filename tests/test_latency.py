@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from costs.catalogue import GROUPS, chosen
 from costs.pairing import Run
-from costs.report import Report, amount, read
+from costs.report import Report, amount, quotation, read
 from costs.row import Budget, Row, compare
 from costs.spread import medians, percentiles, ratios, slopes, spread
 
@@ -142,6 +142,12 @@ def test_rows_are_chosen_by_name():
 )
 def test_amounts_as_people_read_them(value: float, unit: str, text: str):
     assert amount(value, unit) == text
+
+
+def test_the_readme_quotes_the_file():
+    """After another `make bench`: put what ``python benchmarks/latency.py --quote`` prints into the README."""
+    root = PROGRAM.parent.parent
+    assert quotation(read(PROGRAM.parent / "results" / "latency.json")) in (root / "README.md").read_text()
 
 
 # -- the program --------------------------------------------------------------------------------------

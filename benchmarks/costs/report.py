@@ -58,6 +58,21 @@ def read(path: Path) -> Report:
     return msgspec.json.decode(path.read_bytes(), type=Report)
 
 
+def quotation(report: Report) -> str:
+    """The rows with a verdict, as a Markdown table: what the README quotes."""
+    lines = ["| operation | beside | found (p10-p90) | budget | verdict |", "|---|---|---|---|---|"]
+    for row in report.rows:
+        if row.budget is None:
+            continue
+        if row.budget.kind != "value" and row.ratio is not None:
+            found = f"{ratio(row.ratio)} ×"
+        else:
+            found = "" if row.etha is None else f"{amount(row.etha.median, row.unit)} {around(row.etha, row.unit)}"
+        cells = (f"{row.what} (`{row.name}`)", row.floor_is, found, row.budget.text, row.note or row.verdict)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def table(rows: tuple[Row, ...]) -> Table:
     """The rows, for a terminal."""
     made = Table(box=None, padding=(0, 1), header_style="dim")
