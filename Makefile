@@ -8,7 +8,7 @@ READY := .venv/ready
 EXTRAS := demo,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test stress lint clean
+.PHONY: help setup demo test stress bench lint clean
 
 help:
 	@echo 'make setup    .venv with etha (editable) and what development needs; quick when nothing changed'
@@ -16,6 +16,7 @@ help:
 	@echo 'make test     ruff, mypy --strict and the tests'
 	@echo 'make lint     ruff and mypy alone'
 	@echo 'make stress   the tests at their full counts: long'
+	@echo 'make bench    what each operation costs, beside its bare floor: minutes; options: make bench ARGS="--only lease"'
 	@echo 'make clean    remove builds and caches; .venv stays'
 
 # Everything that an installation depends on, by content: times mean nothing after a clone or a checkout.
@@ -53,6 +54,9 @@ test: lint
 
 stress: setup
 	$(BIN)/python -m pytest -o faulthandler_timeout=7200 -m "stress and not cuda"
+
+bench: setup
+	$(BIN)/python benchmarks/latency.py $(or $(ARGS),--plot)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -318,6 +318,34 @@ def test_a_mapping_that_the_kernel_split_is_still_one():
         assert trip.views["w"].shape == tensor.shape
 
 
+@pytest.mark.parametrize("kernel", ["answers", "is older"])
+def test_a_region_asked_for_is_the_one_in_the_table(kernel: str, strategy):
+    tensors = [shared(100), shared(3000)]
+    spread = torch.zeros(3 * mmap.PAGESIZE, dtype=torch.uint8).share_memory_()
+    second_page = ctypes.c_void_p(spread.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE + mmap.PAGESIZE)
+    assert ctypes.CDLL(None).madvise(second_page, ctypes.c_size_t(mmap.PAGESIZE), mmap.MADV_DONTFORK) == 0
+    ranges = [(tensor.data_ptr(), tensor.nbytes) for tensor in (*tensors, spread)]
+    private = torch.ones(1 << 20)
+    before = open_fds()
+    table = maps.RegionTable(maps.read())
+    with maps.OwnRegions() as regions:
+        regions._answers = kernel == "answers"
+        assert [regions.find(*each) for each in ranges] == [table.find(*each) for each in ranges]
+        assert regions.find(ranges[0][0], 1 << 40) is None
+        assert regions.find(private.data_ptr(), 4) is None
+    assert open_fds() == before
+
+
+def test_one_region_is_found_without_reading_them_all(monkeypatch: pytest.MonkeyPatch):
+    tensor = shared(100)
+    expected = maps.RegionTable(maps.read()).find(tensor.data_ptr(), 400)
+    with maps.OwnRegions() as regions:
+        if regions._ask(tensor.data_ptr()) is None:
+            pytest.skip("this kernel has no PROCMAP_QUERY (Linux 6.11)")
+        monkeypatch.setattr(maps, "read", lambda: pytest.fail("the whole table was read"))
+        assert regions.find(tensor.data_ptr(), 400) == expected
+
+
 def test_an_export_of_nothing():
     with round_trip({}) as trip:
         assert trip.views == {}
@@ -798,7 +826,7 @@ def test_maps_of_every_shape():
         b"7f40-7f50 rw-p 00000000 00:00 0 ",
         b"7f50-7f60 r-xp 00000000 00:00 0                          [vdso]",
     ]
-    first, second = maps.parse(lines)
+    first, second = maps.parse(b"\n".join(line.rstrip(b"\n") for line in lines) + b"\n")
     assert first == (0x7F00, 0x7F20, 0x2000, os.makedev(0, 0x1B), 504, "/dev/shm/torch_1_2_3", True)
     assert (second.path, second.deleted) == ("/tmp/a name (deleted) kept", False)
     table = maps.RegionTable([first, second])

@@ -5,6 +5,7 @@ A `Connection` outlives its agent and goes through several of these.
 
 from __future__ import annotations
 
+import select
 import socket
 
 from etha.tensor_bus.ipc.peer import Peer
@@ -21,6 +22,12 @@ class Channel:
     def __init__(self, sock: socket.socket, agent: Peer) -> None:
         self.sock = sock
         self.agent = agent
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+
+    def readable(self) -> bool:
+        """Whether something has come, the end included. For one thread at a time."""
+        return bool(self._poll.poll(0))
 
     def agent_lives(self) -> bool:
         """Whether the agent has not died."""

@@ -118,7 +118,8 @@ class Connection(Line):
             if self._receiver is not None or self._end is not None:
                 return
             try:
-                while not self._lost:
+                # Asked first: on the way of publish(), an exception for "nothing there" costs more than the question.
+                while not self._lost and (self._mail or self._channel.readable()):
                     self._take_one()
             except BlockingIOError:
                 pass

@@ -124,12 +124,12 @@ class Line:
 
     # -- sending ----------------------------------------------------------------------------------
 
-    def hint(self, packet: packets.FromWorker) -> None:
-        """Send what may be lost. Never waits, never raises for an agent that is gone."""
+    def hint(self, data: bytes) -> None:
+        """Send an encoded packet that may be lost. Never waits, never raises for an agent that is gone."""
         if self._end is None and not self._lost:
             channel = self._channel
             try:
-                wire.send(channel.sock, encode(packet))
+                wire.send(channel.sock, data)
             except BlockingIOError:
                 return
             except OSError:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_RING: Final = encode(packets.RingForCommands())
 _CANCEL_SECONDS: Final = 0.05
 """How long a caller that gives up waits to say so. Then it is said at its client's next call."""
 
@@ -174,7 +175,7 @@ class Link:
         finally:
             if taken and taken[0]:
                 self._order.release()
-        self.connection.hint(packets.RingForCommands())
+        self.connection.hint(_RING)
 
     def outcome(self, ticket: Ticket, deadline: float, timeout: float) -> packets.Outcome:
         """Wait for what became of a command.

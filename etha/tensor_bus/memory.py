@@ -13,6 +13,7 @@ import fcntl
 import logging
 import os
 import resource
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -21,7 +22,7 @@ from functools import partial
 from typing import Any, Final
 
 from etha.errors import EthaError, InvalidRecord, SystemLimit
-from etha.tensor_bus import wire
+from etha.tensor_bus import clock, wire
 from etha.tensor_bus.ipc.fetching import fetch_descriptors
 from etha.tensor_bus.ipc.manifest import Manifest
 from etha.tensor_bus.ipc.mapping import TABLE, Mapping
@@ -31,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 _SPARE_DESCRIPTORS: Final = 256
 """Kept free for connections, pidfds and LMDB."""
+
+_CHORE_REST: Final = 0.01
+"""How long after it was asked for a chore begins. It shares the interpreter with the control loop: a look at an owner's
+memory that began at once kept the answer to that same owner waiting, a millisecond for one tensor."""
 
 _CHORE_SECONDS: Final = 3.0
 """How long the end of an agent waits for the chore that is going on: longer than one waits for a stopped worker."""
@@ -55,8 +60,8 @@ class Backstage:
         self._opener.submit(job).add_done_callback(partial(self._done, then))
 
     def chore(self, job: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        """Run ``job`` aside; then, on the loop, ``then`` with its result or its `EthaError`."""
-        future = self._helper.submit(job)
+        """Run ``job`` aside, a moment later; then, on the loop, ``then`` with its result or its `EthaError`."""
+        future = self._helper.submit(_rested, clock.now() + _CHORE_REST, job)
         self._chores.add(future)
         future.add_done_callback(partial(self._done, then))
 
@@ -89,6 +94,11 @@ class Backstage:
         error = future.exception()
         self._results.append(partial(then, future.result() if error is None else _typed(error)))
         os.eventfd_write(self._wake, 1)
+
+
+def _rested(moment: float, job: Callable[[], Any]) -> Any:
+    time.sleep(clock.remaining(moment))
+    return job()
 
 
 def _typed(error: BaseException) -> EthaError:

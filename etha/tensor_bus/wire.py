@@ -19,7 +19,10 @@ from etha.tensor_bus.packets import FDS_PER_PACKET, MAX_PACKET_BYTES
 
 _FD_BYTES: Final = array.array("i").itemsize
 _ANCILLARY_BYTES: Final = socket.CMSG_SPACE(FDS_PER_PACKET * _FD_BYTES)
-_RECEIVE_FLAGS: Final = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+# Plain numbers: joining socket's flags is done in Python, and took 1.5 µs of every packet.
+_SEND_FLAGS: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+_RECEIVE_FLAGS: Final = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+_CUT_SHORT: Final = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 
 
 def send(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
@@ -32,13 +35,13 @@ def send(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
     if fds:
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
         try:
-            sock.sendmsg([data], [rights], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            sock.sendmsg([data], [rights], _SEND_FLAGS)
         except OSError as error:
             if error.errno == errno.ETOOMANYREFS:
                 raise BlockingIOError(error.errno, error.strerror) from error
             raise
     else:
-        sock.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        sock.send(data, _SEND_FLAGS)
 
 
 Raw = tuple[bytes, list[tuple[int, int, bytes]], int, Any]
@@ -87,7 +90,7 @@ class Mail(deque[Raw]):
 
 def is_whole(raw: Raw) -> bool:
     """False for a packet that was cut short: too long, or out of descriptors."""
-    return not raw[2] & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
+    return not raw[2] & _CUT_SHORT
 
 
 def require_whole(raw: Raw) -> None:

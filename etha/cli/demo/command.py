@@ -1,22 +1,22 @@
-"""The command line of `etha demo`. Loads neither torch nor scikit-learn; matplotlib only to plot."""
+"""The command line of `etha demo`. Loads neither torch nor scikit-learn; matplotlib only to plot.
+
+The demo itself is loaded when it is run: every other command pays for what stands at the top of this file.
+"""
 
 from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from etha.cli.demo.backend import describe_backend
-from etha.cli.demo.children import DemoFailed, Interrupted
-from etha.cli.demo.report import Curves, Report
-from etha.cli.demo.run import Options, run
-from etha.cli.demo.screen import Screen, summarise
+if TYPE_CHECKING:
+    from etha.cli.demo.report import Curves, Report
 
 
 def demo(
@@ -45,6 +45,11 @@ def demo(
     and an evaluator that reads every version it can, in place. Exit status 0: test accuracy of at least
     0.97, no torn read, no byte copied, every process ended well. With --sabotage: torn reads were seen.
     """
+    from etha.cli.demo.backend import describe_backend
+    from etha.cli.demo.children import DemoFailed, Interrupted
+    from etha.cli.demo.run import Options, run
+    from etha.cli.demo.screen import Screen, summarise
+
     _refuse_what_cannot_work(device, plot)
     console = Console(stderr=json)
     options = Options(device="cpu", backend=describe_backend(), steps=steps, sabotage=sabotage)

@@ -124,8 +124,15 @@ def check_descriptor(fd: int, allocation: HostAllocation) -> None:
         StaleHandle: another file than claimed.
         InvalidRecord: no regular file, or shorter than claimed: a load behind its end would be a SIGBUS.
     """
-    resource = f"{allocation.device}:{allocation.inode}"
     found = os.fstat(fd)
+    if (
+        stat.S_ISREG(found.st_mode)
+        and found.st_ino == allocation.inode
+        and found.st_dev == allocation.device
+        and found.st_size >= allocation.size
+    ):
+        return
+    resource = f"{allocation.device}:{allocation.inode}"
     if not stat.S_ISREG(found.st_mode):
         raise InvalidRecord("A descriptor for shared memory is no regular file.", resource=resource)
     if (found.st_dev, found.st_ino) != (allocation.device, allocation.inode):
@@ -134,11 +141,10 @@ def check_descriptor(fd: int, allocation: HostAllocation) -> None:
             resource=resource,
             remedy="Subscribe again; the owner has registered other memory since.",
         )
-    if found.st_size < allocation.size:
-        raise InvalidRecord(
-            f"Shared memory of {found.st_size} bytes is shorter than claimed ({allocation.size}).",
-            resource=resource,
-        )
+    raise InvalidRecord(
+        f"Shared memory of {found.st_size} bytes is shorter than claimed ({allocation.size}).",
+        resource=resource,
+    )
 
 
 def open_allocation(fd: int, allocation: HostAllocation, *, writable: bool = False) -> HostMapping:
@@ -221,8 +227,8 @@ class _Source:
 class _Survey:
     """Collects the tables of a manifest, tensor by tensor, without opening anything."""
 
-    def __init__(self, table: maps.RegionTable) -> None:
-        self._table = table
+    def __init__(self, regions: maps.OwnRegions) -> None:
+        self._regions = regions
         self.sources: list[_Source] = []
         self.storages: list[Storage] = []
         self.kept: list[torch.UntypedStorage | None] = []
@@ -261,7 +267,7 @@ class _Survey:
 
     def _locate(self, name: str, storage: torch.UntypedStorage) -> int:
         address, nbytes = storage.data_ptr(), storage.nbytes()
-        region = self._table.find(address, nbytes)
+        region = self._regions.find(address, nbytes)
         if region is None:
             raise Refusal("is not in shared memory", _SHARE_REMEDY).error(name)
         if not (region.deleted or region.path.startswith(_SHM_DIRECTORY)):
@@ -283,8 +289,8 @@ def _surveyed(tensors: Mapping[str, object]) -> _Survey:
     import torch
 
     named = _checked_names(tensors)
-    survey = _Survey(maps.RegionTable(maps.read()))
-    with torch._C.DisableTorchFunction():
+    with maps.OwnRegions() as regions, torch._C.DisableTorchFunction():
+        survey = _Survey(regions)
         for name, value in named.items():
             fault = refusal(value, "cpu")
             if fault is not None:

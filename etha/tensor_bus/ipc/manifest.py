@@ -7,6 +7,9 @@ names may point at one: that is how tied tensors stay tied.
 
 The module is pure: it imports neither torch nor anything that does I/O. `validate()` must have passed before any
 number of a manifest is used to map or to view memory.
+
+The rows hold numbers and strings, so no cycle can go through them: they are made without the collector's knowledge
+(``gc=False``), which would else look at each of tens of thousands again and again.
 """
 
 from __future__ import annotations
@@ -62,7 +65,7 @@ MAX_INT64: Final = 2**63 - 1
 _MAX_UINT64: Final = 2**64 - 1
 
 
-class HostAllocation(msgspec.Struct, frozen=True, array_like=True, tag="host"):
+class HostAllocation(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="host"):
     """Host memory behind a descriptor (tmpfs or memfd).
 
     Attributes:
@@ -80,7 +83,7 @@ Allocation = HostAllocation
 """Any kind of allocation; a tagged union as soon as there is a second kind."""
 
 
-class Storage(msgspec.Struct, frozen=True, array_like=True):
+class Storage(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A byte range of one allocation.
 
     Attributes:
@@ -94,7 +97,7 @@ class Storage(msgspec.Struct, frozen=True, array_like=True):
     nbytes: int
 
 
-class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
+class TensorSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One tensor over one storage.
 
     Attributes:

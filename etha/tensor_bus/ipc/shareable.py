@@ -8,6 +8,7 @@ what to do instead; nothing is converted behind the user's back.
 from __future__ import annotations
 
 import sys
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from etha.errors import NotShareable
@@ -28,6 +29,7 @@ class Refusal(NamedTuple):
         return NotShareable(f"tensor {name!r} {self.reason}.", resource=name, remedy=self.remedy)
 
 
+@cache
 def dtype_name(dtype: torch.dtype) -> str:
     """Torch's canonical name of a dtype, without the prefix: ``"float32"`` also for ``torch.float``."""
     return str(dtype).removeprefix("torch.")
