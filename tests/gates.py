@@ -5,6 +5,7 @@ A `Behind` is a way to start a program: a command that is put in front of it, Py
 
 from __future__ import annotations
 
+import _ctypes
 import functools
 import json
 import os
@@ -145,16 +146,40 @@ def private_mounts(*lines: str) -> tuple[str, ...]:
     return ("unshare", "--mount", *shell(*lines))
 
 
-def without_shm(directory: Path) -> str:
-    """Shell that puts a /dev without /dev/shm over the real one, in a mount namespace."""
+def without_shm(directory: Path, *lines: str) -> str:
+    """Shell that puts a /dev without /dev/shm over the real one, in a mount namespace; lines run where it is made."""
     nodes = {"null": "1 3", "zero": "1 5", "full": "1 7", "random": "1 8", "urandom": "1 9", "tty": "5 0"}
     return "\n".join(
         [
             f"mount -t tmpfs -o mode=755 dev {directory}",
             *(f"mknod -m 666 {directory}/{name} c {numbers}" for name, numbers in nodes.items()),
+            *(f"(cd {directory} && {line})" for line in lines),
             f"mount --move {directory} /dev",
         ]
     )
+
+
+SMI = """#!/bin/sh
+[ "$2" = "--format=csv,noheader" ] || exit 9
+echo "0, GPU-8f3a1c52-0000-4000-8000-000000000000, NVIDIA H100 80GB HBM3, Default, Disabled"
+echo "1, GPU-1d2e3f40-0000-4000-8000-000000000001, NVIDIA H100 80GB HBM3, Default, Disabled"
+"""
+"""nvidia-smi, as it answers to the query."""
+
+
+def with_gpus(directory: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+    """A wrap and variables that show two GPUs which nobody can use: device files, a library, and what lists them.
+
+    It stands for a driver as far as doctor looks: at what is there. No call of CUDA's is made.
+    """
+    (directory / "dev").mkdir(exist_ok=True)
+    (directory / "nvidia-smi").write_text(SMI)
+    (directory / "nvidia-smi").chmod(0o755)
+    shutil.copy(_ctypes.__file__, directory / "libcuda.so.1")
+    devices = ("nvidia0 c 195 0", "nvidia1 c 195 1", "nvidiactl c 195 255", "nvidia-uvm c 235 0")
+    shm = "mkdir shm && mount -t tmpfs -o mode=1777,size=64G shm shm"
+    wrap = private_mounts(without_shm(directory / "dev", shm, *(f"mknod -m 666 {device}" for device in devices)))
+    return wrap, {"PATH": f"{directory}:{os.environ['PATH']}", "LD_LIBRARY_PATH": str(directory)}
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from box import until
 from gates import (
     AS_NOBODY,
     DUMPABLE,
@@ -18,6 +19,7 @@ from gates import (
     NOBODY,
     NOT_DUMPABLE,
     OUTSIDE_OF_DOCKER,
+    PATIENCE,
     PIDFD_GETFD,
     PIDFD_OPEN,
     WHOLE,
@@ -33,10 +35,12 @@ from gates import (
     pasted_by_nobody,
     private_mounts,
     shell,
+    with_gpus,
     without_shm,
 )
 
 OPEN = Behind()
+GPU_IS_HERE = any(Path("/dev").glob("nvidia*"))
 STATUS = {"ok": 0, "degraded": 1, "broken": 2}
 
 
@@ -165,9 +169,10 @@ def test_a_full_dev_shm(runtime: Path):
 
 @needs_mounts
 def test_no_dev_shm(runtime: Path, tmp_path: Path):
-    remedy = shut(
-        Behind(private_mounts(without_shm(tmp_path)), OUTSIDE_OF_DOCKER).doctor(program=WHOLE), "/dev/shm", "broken"
-    )
+    report = Behind(private_mounts(without_shm(tmp_path)), OUTSIDE_OF_DOCKER).doctor(program=WHOLE)
+    remedy = shut(report, "/dev/shm", "broken")
+    for kind in ("file_descriptor", "file_system"):
+        assert '"put a tensor into shared memory"' in report.named(f"sharing by {kind}")["seen"]
     well(Behind(private_mounts(without_shm(tmp_path), remedy)).doctor())
 
 
@@ -367,3 +372,77 @@ os.wait()
     report = Report(json.loads(done.stdout), 1)
     assert "prctl(PR_SET_DUMPABLE, 1)" in shut(report, "dumpable", "degraded")
     assert report.first["section"] == "agents"
+
+
+# -- GPUs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(GPU_IS_HERE, reason="there is a GPU")
+def test_no_gpu(runtime: Path):
+    report = OPEN.doctor()
+    well(report)
+    for part in ("nvidia-smi", "libcuda.so.1", "/dev/nvidia*", "missing"):
+        assert part in report.named("GPU")["seen"]
+    assert "host memory only" in report.named("GPU")["means"]
+    remedy = shut(OPEN.doctor("--device", "cuda"), "GPU", "broken")
+    assert "etha doctor --device cpu" in remedy
+    well(OPEN.doctor("--device", "cpu"))
+
+
+@needs_mounts
+def test_a_hidden_gpu(runtime: Path, tmp_path: Path):
+    wrap, variables = with_gpus(tmp_path)
+    remedy = shut(
+        Behind(wrap, "", {**variables, "CUDA_VISIBLE_DEVICES": ""}).doctor(), "CUDA_VISIBLE_DEVICES", "degraded"
+    )
+    shown = Behind((*wrap, *shell(remedy)), "", {**variables, "CUDA_VISIBLE_DEVICES": ""}).doctor()
+    well(shown)
+    assert "GPU-8f3a1c52-0000-4000-8000-000000000000" in shown.named("GPU")["seen"]
+    assert "host memory only" in shown.named("GPU")["means"]
+    well(Behind(wrap, "", {**variables, "CUDA_VISIBLE_DEVICES": "GPU-1d2e"}).doctor("--device", "cuda"))
+
+
+@needs_mounts
+@pytest.mark.parametrize("missing", ["/dev/nvidia-uvm", "/dev/nvidia*"])
+def test_half_a_driver(runtime: Path, tmp_path: Path, missing: str):
+    wrap, variables = with_gpus(tmp_path)
+    half = Behind((*wrap, *shell(f"rm {missing}")), "", variables)
+    report = half.doctor()
+    shut(report, "GPU", "degraded")
+    assert missing in report.first["seen"]
+    well(half.doctor("--device", "cpu"))
+
+
+@needs_mounts
+def test_an_nvidia_smi_that_fails(runtime: Path, tmp_path: Path):
+    wrap, variables = with_gpus(tmp_path)
+    (tmp_path / "nvidia-smi").write_text(
+        "#!/bin/sh\necho 'Failed to initialize NVML: Driver/library version mismatch'; exit 18"
+    )
+    report = Behind(wrap, "", variables).doctor("--device", "cuda")
+    shut(report, "GPU", "broken")
+    assert "Driver/library version mismatch" in report.first["seen"]
+
+
+# -- the two processes -------------------------------------------------------------------------------------------------
+
+
+def test_the_step_that_fails_is_named(runtime: Path, tmp_path: Path):
+    (tmp_path / "torch.py").write_text("raise ImportError('libgomp.so.1: cannot open shared object file')")
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', Path.cwd())}"
+    report = Behind(environment={"PYTHONPATH": path}).doctor(program=WHOLE)
+    shut(report, "sharing by file_descriptor", "broken")
+    assert '"import torch": ImportError: libgomp.so.1' in report.first["seen"]
+    assert list(runtime.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_doctor_that_is_ended_leaves_nothing(runtime: Path, number: int):
+    command = [sys.executable, "-m", "etha", "doctor"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
+        until(lambda: any(name.startswith("etha-doctor-") for name in os.listdir(runtime)))
+        os.kill(process.pid, number)
+        process.communicate(timeout=PATIENCE)
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    until(lambda: processes_of(runtime) == [])
+    assert list(runtime.iterdir()) == []

@@ -34,8 +34,9 @@ def doctor(
     from etha.cli.doctor.examination import examine  # the bus, and LMDB: not for `etha --help`
     from etha.cli.doctor.screen import show
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _leave)
     report = examine(rank, device)
     if json:
         sys.stdout.write(msgspec.json.encode(report).decode() + "\n")

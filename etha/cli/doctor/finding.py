@@ -6,6 +6,7 @@ test holds the two together. Pure.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Final, Literal, NamedTuple
 
@@ -94,3 +95,11 @@ def headline(findings: tuple[Finding, ...]) -> str:
     first, more = problems[0], len(problems) - 1
     rest = f" (and {more} more)" if more else ""
     return f"{first.verdict}: {first.name}: {first.seen}{rest}"
+
+
+def schema() -> bytes:
+    """The JSON schema of a `Report`, as it stands in ``docs/doctor.schema.json``."""
+    described = {"$schema": "https://json-schema.org/draft/2020-12/schema", **msgspec.json.schema(Report)}
+    for each in described["$defs"].values():
+        each["description"] = inspect.cleandoc(each["description"])  # Python 3.13 does so by itself
+    return msgspec.json.format(msgspec.json.encode(described), indent=2) + b"\n"

@@ -77,9 +77,9 @@ def _here(found: Nvidia, wanted: bool) -> Finding:
         if not wanted:
             return GPU.ok(seen, f"no fault: {HOST_ONLY}")
         remedy = fitting(
-            f"Install NVIDIA's driver; {_WANT_NONE}",
-            docker=f"docker run --gpus all; {_WANT_NONE}",
-            kubernetes=f"resources: {{limits: {{nvidia.com/gpu: 1}}}}; {_WANT_NONE}",
+            f"Install NVIDIA's driver, {_WANT_NONE}",
+            docker=f"docker run --gpus all  # {_WANT_NONE}",
+            kubernetes=f"resources: {{limits: {{nvidia.com/gpu: 1}}}}  # {_WANT_NONE}",
         )
         return GPU.broken(seen, f"no tensor can lie on a GPU; {HOST_ONLY}", remedy)
     seen = f"{len(found.gpus) or len(found.devices)} GPU, driver {found.module or 'unknown'}"
@@ -91,8 +91,8 @@ def _here(found: Nvidia, wanted: bool) -> Finding:
             f"{seen}; {', '.join(found.shut)} missing or not for this user",
             _means(),
             fitting(
-                f"sudo nvidia-modprobe -c 0 -u && ls -l {found.shut[0]}; {_WANT_NONE}",
-                docker=f"docker run --gpus all; {_WANT_NONE}",
+                f"sudo nvidia-modprobe -c 0 -u && ls -l {found.shut[0]}  # {_WANT_NONE}",
+                docker=f"docker run --gpus all  # {_WANT_NONE}",
             ),
         )
     if found.problem:
@@ -110,13 +110,13 @@ def _means() -> str:
 def _give(found: Nvidia) -> str:
     if not found.devices:
         return fitting(
-            f"sudo nvidia-modprobe -c 0 -u; {_WANT_NONE}",
-            docker=f"docker run --gpus all; {_WANT_NONE}",
-            kubernetes=f"resources: {{limits: {{nvidia.com/gpu: 1}}}}; {_WANT_NONE}",
+            f"sudo nvidia-modprobe -c 0 -u  # {_WANT_NONE}",
+            docker=f"docker run --gpus all  # {_WANT_NONE}",
+            kubernetes=f"resources: {{limits: {{nvidia.com/gpu: 1}}}}  # {_WANT_NONE}",
         )
     return fitting(
-        f"Install what of NVIDIA's driver is missing for this user space; {_WANT_NONE}",
-        docker=f"docker run --gpus all -e NVIDIA_DRIVER_CAPABILITIES=compute,utility; {_WANT_NONE}",
+        f"Install what of NVIDIA's driver is missing for this user space, {_WANT_NONE}",
+        docker=f"docker run --gpus all -e NVIDIA_DRIVER_CAPABILITIES=compute,utility  # {_WANT_NONE}",
     )
 
 
@@ -135,7 +135,7 @@ def _visible(gpus: tuple[Gpu, ...], value: str | None, order: str) -> Finding:
         return VISIBLE.degraded(
             f"{value!r} hides every GPU",
             f"this process sees none; {HOST_ONLY}",
-            f"unset CUDA_VISIBLE_DEVICES; {_WANT_NONE}",
+            f"unset CUDA_VISIBLE_DEVICES  # {_WANT_NONE}",
         )
     mixed = len({gpu.name for gpu in gpus}) > 1 and order != "PCI_BUS_ID" and value[:1].isdigit()
     note = "; indices are CUDA's fastest-first order, which may be another: use UUIDs" if mixed else ""
