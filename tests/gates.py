@@ -50,6 +50,14 @@ os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})
 """Everything is loaded before: nobody may have no access to the Python that runs this. Whoever changes its user is not
 dumpable any more (prctl(2)); a program that was started as nobody would be."""
 
+NO_TORCH_HERE = """
+import atexit, os, sys
+here = os.getpid()
+heavy = lambda: {"torch", "cupy", "cuda"} & sys.modules.keys()
+atexit.register(lambda: os.getpid() == here and heavy() and sys.stderr.write(f"loaded: {heavy()}"))
+"""
+"""Says on stderr, which must be empty, if the process itself and not a child has loaded them."""
+
 OUTSIDE_OF_DOCKER = "from etha.cli.doctor import surroundings; surroundings._BY_FILE.clear()\n"
 """Remedies are then for a plain box, where a test can apply them."""
 

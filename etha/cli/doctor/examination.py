@@ -22,7 +22,7 @@ from etha.cli.doctor import (
     tracing,
     versions,
 )
-from etha.cli.doctor.finding import Report, headline, in_order
+from etha.cli.doctor.finding import Finding, Report, headline, in_order
 from etha.cli.doctor.runner import Check
 
 
@@ -50,7 +50,6 @@ def examine(rank: int | None, device: str) -> Report:
 
 def gates(rank: int | None, device: str) -> list[Check]:
     """All checks but the end-to-end one, in the order of causes: a second's work."""
-    ranks = agents.ranks(rank)
     return [
         *versions.checks(),
         *shared_memory.checks(),
@@ -58,7 +57,12 @@ def gates(rank: int | None, device: str) -> list[Check]:
         *passing.checks(),
         *calls.checks(),
         *tracing.checks(),
-        *files.checks(ranks),
-        *agents.checks(ranks, rank),
+        Check(files.directory_gate(), lambda: _places(rank), seconds=8.0),
         *gpu.checks(device),
     ]
+
+
+def _places(rank: int | None) -> list[Finding]:
+    """What stands in the runtime directory. In a child as a whole: a file system may hang already when it is listed."""
+    ranks = agents.ranks(rank)
+    return runner.run([*files.checks(ranks), *agents.checks(ranks, rank)])

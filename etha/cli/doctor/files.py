@@ -52,7 +52,7 @@ _MEANS: Final = "neither an agent nor a worker of yours opens it, so nothing can
 
 def checks(ranks: list[int]) -> list[Check]:
     """The directory, and the files of each rank."""
-    directory = _directory_gate()
+    directory = directory_gate()
     found = [Check(directory, lambda: [_look_at_directory(directory)])]
     return found + [Check(_gate(rank), lambda rank=rank: [_look(rank)]) for rank in ranks]  # type: ignore[misc]
 
@@ -72,7 +72,8 @@ def is_lmdb(path: str) -> bool:
         os.close(fd)
 
 
-def _directory_gate() -> Gate:
+def directory_gate() -> Gate:
+    """Of the runtime directory."""
     where = "ETHA_RUNTIME_DIR" if os.environ.get("ETHA_RUNTIME_DIR") else "the default"
     return Gate("paths", "runtime directory", f"looking at {runtime_directory()} ({where}), and writing to it")
 

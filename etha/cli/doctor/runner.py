@@ -20,7 +20,7 @@ from etha.cli.doctor import throwaway
 from etha.cli.doctor.finding import Finding, Gate
 
 _PARALLEL: Final = 4
-_GRACE_SECONDS: Final = 1.5
+_GRACE_SECONDS: Final = 1.2
 """From SIGTERM, on which a check tidies up, to SIGKILL."""
 
 Verdicts = Sequence[Finding]
