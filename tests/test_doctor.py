@@ -149,6 +149,7 @@ def test_a_filter_that_kills_who_calls_pidfd_getfd(runtime: Path):
     report = Behind(first=filtered(PIDFD_GETFD, KILL_PROCESS)).doctor()
     shut(report, "pidfd_getfd", "broken")
     assert "SIGSYS" in report.first["seen"]
+    assert report.problems == ["pidfd_getfd"]
 
 
 def test_a_filter_that_refuses_pidfd_open(runtime: Path):
@@ -325,6 +326,14 @@ def test_a_damaged_state_kills_a_child_and_no_doctor(agent, owner, runtime: Path
     well(OPEN.doctor())
 
 
+def test_a_rank_that_is_none(runtime: Path):
+    remedy = shut(Behind(environment={"AGENT_RANK": "three"}).doctor(), "AGENT_RANK", "broken")
+    assert remedy.startswith("unset AGENT_RANK")
+    remedy = shut(Behind(environment={"LOCAL_RANK": "0", "AGENT_RANK_OFFSET": "-8"}).doctor(), "AGENT_RANK", "broken")
+    assert remedy.startswith("unset AGENT_RANK_OFFSET")
+    well(OPEN.doctor())
+
+
 def test_a_rank_that_nobody_serves(runtime: Path, start_agent):
     well(OPEN.doctor())
     shut(OPEN.doctor("--rank", "3"), "agent of rank 3", "degraded")
@@ -385,7 +394,7 @@ def test_no_gpu(runtime: Path):
     well(report)
     for part in ("nvidia-smi", "libcuda.so.1", "/dev/nvidia*", "missing"):
         assert part in report.named("GPU")["seen"]
-    assert "host memory only" in report.named("GPU")["means"]
+    assert "host memory only" in report.named("GPU")["seen"]
     remedy = shut(OPEN.doctor("--device", "cuda"), "GPU", "broken")
     assert "etha doctor --device cpu" in remedy
     well(OPEN.doctor("--device", "cpu"))
@@ -400,7 +409,7 @@ def test_a_hidden_gpu(runtime: Path, tmp_path: Path):
     shown = Behind((*wrap, *shell(remedy)), "", {**variables, "CUDA_VISIBLE_DEVICES": ""}).doctor()
     well(shown)
     assert "GPU-8f3a1c52-0000-4000-8000-000000000000" in shown.named("GPU")["seen"]
-    assert "host memory only" in shown.named("GPU")["means"]
+    assert "host memory only" in shown.named("GPU")["seen"]
     well(Behind(wrap, "", {**variables, "CUDA_VISIBLE_DEVICES": "GPU-1d2e"}).doctor("--device", "cuda"))
 
 

@@ -137,6 +137,11 @@ def test_a_child_dies_with_its_parent():
     child = int(os.read(reading, 16))
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
-    until(lambda: process_state(child) in ("dead", "zombie"))
-    os.close(reading)
-    os.close(writing)
+    try:
+        until(lambda: process_state(child) in ("dead", "zombie"), 10)
+    except TimeoutError:
+        os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        os.close(reading)
+        os.close(writing)

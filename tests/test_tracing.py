@@ -19,6 +19,7 @@ NOTHING = Trial("Permission denied on /proc/PID/maps", "Operation not permitted 
         (State(0, 1, False), OPEN),
         (State(1, 1, False), OPEN),
         (State(2, 1, True), OPEN),
+        (State(2, 1, False), OPEN),
         (State(1, 0, True), OPEN),
         (State(None, 1, False), NO_DESCRIPTOR),  # a filter: the check of the call says so
     ],

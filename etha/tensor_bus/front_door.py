@@ -110,7 +110,7 @@ def mismatch(hello: packets.Hello, agent: LockText, path: str) -> EthaError | No
         return VersionMismatch(
             f"the agent speaks record schema {SCHEMA}, the worker {hello.schema}.",
             resource=path,
-            remedy="Run the same etha on both sides; run: etha doctor",
+            remedy="Install the same etha on both sides; run: etha doctor",
         )
     if (hello.boot, hello.namespace) != (agent.boot, agent.namespace):
         return OtherNamespace(

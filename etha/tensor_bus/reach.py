@@ -113,7 +113,7 @@ def _who_serves(paths: AgentPaths, rank: int) -> LockText:
             f"the agent of rank {rank} speaks record schema {text.schema}, this etha {SCHEMA}.",
             resource=paths.command,
             holder=f"pid {text.pid}",
-            remedy="Run the same etha on both sides; run: etha doctor",
+            remedy="Install the same etha on both sides; run: etha doctor",
         )
     return text
 

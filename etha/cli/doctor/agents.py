@@ -20,6 +20,7 @@ from etha.cli.survey import AgentView, look
 from etha.errors import (
     AgentStopped,
     EthaError,
+    InvalidArgument,
     InvalidRecord,
     NoAgent,
     OtherNamespace,
@@ -27,6 +28,7 @@ from etha.errors import (
     UnsafePath,
     VersionMismatch,
 )
+from etha.tensor_bus.bootstrap import agent_rank
 from etha.tensor_bus.client import TensorBusClient
 from etha.tensor_bus.lockfile import LockState, read_lock
 from etha.tensor_bus.paths import AgentPaths, agent_paths, runtime_directory
@@ -45,6 +47,8 @@ _NAMES: Final[dict[type[EthaError], str]] = {
     InvalidRecord: "lock file",
     UnsafePath: "lock file",
 }
+_LAUNCHED: Final = frozenset({"AGENT_RANK", "LOCAL_RANK"})
+_RANK: Final = Gate("agents", "AGENT_RANK", "finding the rank in the environment, as bootstrap_client() does")
 _NOBODY: Final = Gate("agents", "agents", "looking for agent_rank*_state.lmdb in the runtime directory")
 
 
@@ -57,20 +61,27 @@ def ranks(asked: int | None) -> list[int]:
 
 
 def checks(chosen: list[int], asked: int | None) -> list[Check]:
-    """One for each rank, or one that says that there is nobody."""
+    """What the environment says; then one for each rank, or one that says that there is nobody."""
+    found = [Check(_RANK, _look_at_environment)]
     if not chosen:
-        return [
-            Check(
-                _NOBODY,
-                lambda: [_NOBODY.ok("there is none", "none is needed until a worker starts: etha agent --rank 0")],
-            )
-        ]
+        return [*found, Check(_NOBODY, lambda: [_NOBODY.ok("there is none", "etha agent --rank 0 starts one")])]
     expected = {asked} if asked is not None else set(_named())
-    found = []
     for rank in chosen:
         gate = Gate("agents", f"agent of rank {rank}", f"connecting to it as a client, within {_CONNECT_SECONDS} s")
         found.append(Check(gate, partial(_examine, gate, rank, rank in expected), seconds=5.0))
     return found
+
+
+def _look_at_environment() -> list[Finding]:
+    if not _LAUNCHED & os.environ.keys():
+        return [_RANK.ok("not set", "a worker that calls bootstrap_client() needs AGENT_RANK, or LOCAL_RANK")]
+    try:
+        rank, _ = agent_rank()
+    except InvalidArgument as error:
+        return [
+            _RANK.broken(error.message, "bootstrap_client() refuses it", f"unset {error.resource}, or set it to a rank")
+        ]
+    return [_RANK.ok(f"rank {rank}", "bootstrap_client() goes to this agent")]
 
 
 def _examine(gate: Gate, rank: int, expected: bool) -> list[Finding]:
@@ -107,7 +118,8 @@ def _connect(gate: Gate, rank: int, paths: AgentPaths, lock: LockState | None) -
 
 def _refused(gate: Gate, rank: int, error: EthaError) -> Finding:
     gate = gate._replace(name=_NAMES.get(type(error), gate.name))
-    return gate.broken(f"{type(error).__name__}: {error.message}", _means(error), _remedy(rank, error))
+    seen = f"{error.message.rstrip('.')} ({type(error).__name__})"
+    return gate.broken(seen, _means(error), _remedy(rank, error))
 
 
 def _means(error: EthaError) -> str:
@@ -186,10 +198,8 @@ def _listing() -> list[str]:
 
 
 def _named() -> list[int]:
-    """The rank that a worker with this environment would bootstrap to."""
-    values = {name: os.environ.get(name, "") for name in ("AGENT_RANK", "LOCAL_RANK", "AGENT_RANK_OFFSET")}
-    if values["AGENT_RANK"].isdecimal():
-        return [int(values["AGENT_RANK"])]
-    if values["LOCAL_RANK"].isdecimal():
-        return [int(values["LOCAL_RANK"]) + int(values["AGENT_RANK_OFFSET"] or 0)]
-    return []
+    """The rank that a worker with this environment would bootstrap to, if any."""
+    try:
+        return [agent_rank()[0]]
+    except InvalidArgument:
+        return []

@@ -37,8 +37,10 @@ _GETFD_MEANS: Final = (
 def checks() -> list[Check]:
     """Both calls, each in a child of its own."""
     return [
-        Check(OPEN, lambda: [_look_at_open()], if_dead=lambda how: _killed(OPEN, how, _OPEN_MEANS)),
-        Check(GETFD, lambda: [_look_at_getfd()], if_dead=lambda how: _killed(GETFD, how, _GETFD_MEANS)),
+        Check(OPEN, lambda: [_look_at_open()], if_dead=lambda how: _killed(OPEN, how, _OPEN_MEANS, _open_remedy())),
+        Check(
+            GETFD, lambda: [_look_at_getfd()], if_dead=lambda how: _killed(GETFD, how, _GETFD_MEANS, _getfd_remedy())
+        ),
     ]
 
 
@@ -55,12 +57,7 @@ def _look_at_open() -> Finding:
     refusal = _refusal(_NR_PIDFD_OPEN, 0x7FFFFFFF, 0)
     if refusal in (errno.ESRCH, errno.EINVAL):
         return OPEN.ok("the kernel answered, no filter did", "the death of a process can be seen at once")
-    remedy = fitting(
-        "Allow pidfd_open in the seccomp profile (systemd: SystemCallFilter=pidfd_open).",
-        docker="Use Docker >= 20.10.10 with its own profile, or: docker run --security-opt seccomp=unconfined",
-        kubernetes="securityContext: {seccompProfile: {type: RuntimeDefault}}, on a node with a current runtime",
-    )
-    return OPEN.degraded(_seen(refusal), _OPEN_MEANS, remedy)
+    return OPEN.degraded(_seen(refusal), _OPEN_MEANS, _open_remedy())
 
 
 def _look_at_getfd() -> Finding:
@@ -68,6 +65,14 @@ def _look_at_getfd() -> Finding:
     if refusal == errno.EBADF:
         return GETFD.ok("the kernel answered, no filter did", "the agent may fetch descriptors, where ptrace permits")
     return GETFD.degraded(_seen(refusal), _GETFD_MEANS, _getfd_remedy())
+
+
+def _open_remedy() -> str:
+    return fitting(
+        "Allow pidfd_open in the seccomp profile (systemd: SystemCallFilter=pidfd_open).",
+        docker="Use a current Docker, whose own profile allows it; else: docker run --security-opt seccomp=unconfined",
+        kubernetes="securityContext: {seccompProfile: {type: RuntimeDefault}}, on a node with a current runtime",
+    )
 
 
 def _getfd_remedy() -> str:
@@ -78,9 +83,9 @@ def _getfd_remedy() -> str:
     )
 
 
-def _killed(gate: Gate, how: str, means: str) -> Finding:
+def _killed(gate: Gate, how: str, means: str, remedy: str) -> Finding:
     if "SIGSYS" in how:
-        return gate.broken(f"a seccomp filter kills who calls it: the process {how}", means, _getfd_remedy())
+        return gate.broken(f"a seccomp filter kills who calls it: the process {how}", means, remedy)
     return gate.broken(f"the process that called it {how}", means, "Report the whole output of etha doctor.")
 
 

@@ -11,6 +11,7 @@ import os
 import stat
 import struct
 import tempfile
+from functools import partial
 from typing import Final
 
 from etha.cli.doctor.finding import Finding, Gate
@@ -54,7 +55,7 @@ def checks(ranks: list[int]) -> list[Check]:
     """The directory, and the files of each rank."""
     directory = directory_gate()
     found = [Check(directory, lambda: [_look_at_directory(directory)])]
-    return found + [Check(_gate(rank), lambda rank=rank: [_look(rank)]) for rank in ranks]  # type: ignore[misc]
+    return found + [Check(_gate(rank), partial(_look, rank)) for rank in ranks]
 
 
 def own_directory() -> str:
@@ -109,7 +110,11 @@ def _look_at_directory(gate: Gate) -> Finding:
     return gate.ok(seen, "agent and workers meet there; all of them must have the same ETHA_RUNTIME_DIR")
 
 
-def _look(rank: int) -> Finding:
+def _look(rank: int) -> list[Finding]:
+    return [_judge(rank)]
+
+
+def _judge(rank: int) -> Finding:
     gate = _gate(rank)
     try:
         paths = agent_paths(rank)
@@ -145,4 +150,5 @@ def _remedy(path: str) -> str:
 def _describe(paths: AgentPaths, there: list[str]) -> str:
     if not there:
         return f"nothing; the socket's path has {len(os.fsencode(paths.socket))} of 107 bytes"
-    return f"{len(there)} files, mode {', '.join(sorted({f'{os.lstat(path).st_mode & 0o777:04o}' for path in there}))}"
+    modes = sorted({f"{stat.S_IMODE(os.lstat(path).st_mode):04o}" for path in there})
+    return f"{len(there)} files of uid {os.geteuid()}, mode {', '.join(modes)}, no link among them"

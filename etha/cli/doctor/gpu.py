@@ -75,7 +75,7 @@ def _here(found: Nvidia, wanted: bool) -> Finding:
     if not found.present:
         seen = f"no GPU here: {', '.join(found.missing)} missing"
         if not wanted:
-            return GPU.ok(seen, f"no fault: {HOST_ONLY}")
+            return GPU.ok(f"{seen}. No fault: {HOST_ONLY}", "host memory is shared without one")
         remedy = fitting(
             f"Install NVIDIA's driver, {_WANT_NONE}",
             docker=f"docker run --gpus all  # {_WANT_NONE}",
@@ -100,7 +100,7 @@ def _here(found: Nvidia, wanted: bool) -> Finding:
     names = ", ".join(
         f"{gpu.index} {gpu.name} {gpu.uuid}{' (MIG)' if gpu.mig == 'Enabled' else ''}" for gpu in found.gpus
     )
-    return GPU.ok(f"{seen}: {names}", HOST_ONLY)
+    return GPU.ok(f"{seen}: {names}. {HOST_ONLY}", "GPU memory cannot be published yet")
 
 
 def _means() -> str:

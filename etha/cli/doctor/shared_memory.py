@@ -51,7 +51,7 @@ def _look() -> Finding:
         return SHM.degraded(f"it is {kind}: {seen}", "what is shared is written to a disk", _mount())
     if total < _wanted() * _NEARLY:
         means = f"all published tensors together must fit in there; a model of 16 GB wants {size(_wanted())} here"
-        return SHM.degraded(seen, means, _enlarge())
+        return SHM.degraded(f"only {seen}", means, _enlarge())
     if free < total * (1 - _NEARLY):
         return SHM.degraded(seen, "there is little room for another tensor", _tidy())
     return SHM.ok(seen, f"there is room for a model of {size(min(MODEL_BYTES, free))}")
