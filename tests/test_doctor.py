@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,17 @@ def everybodys(runtime: Path) -> Path:
     """The runtime directory, as /tmp is: for all, and sticky."""
     runtime.chmod(0o1777)
     return runtime
+
+
+@pytest.fixture
+def own_places() -> Iterator[None]:
+    """The directories that a remedy has its user make; gone afterwards, if they were not there before."""
+    places = [Path(f"/tmp/etha-{uid}") for uid in {os.geteuid(), NOBODY}]
+    made_by_others = [place for place in places if place.exists()]
+    yield
+    for place in places:
+        if place not in made_by_others and place.exists():
+            place.rmdir()
 
 
 def shut(report: Report, name: str, verdict: str) -> str:
@@ -231,15 +243,12 @@ def test_a_foreign_file_at_the_path(runtime: Path):
 
 
 @needs_setpriv
-def test_the_second_user_of_a_box_gets_the_line_to_paste(everybodys: Path, start_agent):
+def test_the_second_user_of_a_box_gets_the_line_to_paste(everybodys: Path, start_agent, own_places):
     start_agent()
     remedy = shut(Behind(first=AS_NOBODY).doctor(), "other user", "broken")
     line, _, after = remedy.partition(" && etha agent --rank 0")
     assert after == ""
-    try:
-        well(Behind(first=AS_NOBODY, environment=pasted_by_nobody(line)).doctor())
-    finally:
-        os.rmdir(f"/tmp/etha-{NOBODY}")
+    well(Behind(first=AS_NOBODY, environment=pasted_by_nobody(line)).doctor())
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770])
@@ -249,16 +258,13 @@ def test_a_directory_that_others_can_change(runtime: Path, mode: int):
     assert "mkdir -p -m 700" in line
 
 
-def test_too_long_a_socket_path(runtime: Path):
+def test_too_long_a_socket_path(runtime: Path, own_places):
     long = runtime / ("d" * (108 - len(str(runtime))))
     long.mkdir(mode=0o700)
     try:
         behind = Behind(environment={"ETHA_RUNTIME_DIR": str(long)})
         line = shut(behind.doctor(program=WHOLE), "runtime directory", "broken")
-        existed = os.path.exists(f"/tmp/etha-{os.geteuid()}")
         well(Behind(shell(line), environment=behind.environment).doctor())
-        if not existed:
-            os.rmdir(f"/tmp/etha-{os.geteuid()}")
     finally:
         long.rmdir()
 
@@ -267,15 +273,12 @@ def test_too_long_a_socket_path(runtime: Path):
 
 
 @needs_pid_namespace
-def test_a_pid_namespace_of_ones_own(agent):
+def test_a_pid_namespace_of_ones_own(agent, own_places):
     inside = ("unshare", "--pid", "--fork", "--mount-proc")
     report = Behind(inside, OUTSIDE_OF_DOCKER).doctor(program=WHOLE)
     line, _, _ = shut(report, "PID namespace", "broken").partition(" && etha agent --rank 0")
     assert line.startswith("mkdir -p -m 700 ")
-    existed = os.path.exists(f"/tmp/etha-{os.geteuid()}")
     well(Behind((*inside, *shell(line))).doctor())
-    if not existed:
-        os.rmdir(f"/tmp/etha-{os.geteuid()}")
 
 
 @needs_pid_namespace
