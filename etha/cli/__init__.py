@@ -6,6 +6,7 @@ import typer
 
 from etha.cli.agent import agent
 from etha.cli.demo.command import demo
+from etha.cli.doctor.command import doctor
 from etha.cli.inspect import inspect
 from etha.cli.status import status
 
@@ -17,6 +18,7 @@ app = typer.Typer(
 )
 app.command()(agent)
 app.command()(demo)
+app.command()(doctor)
 app.command()(status)
 app.command()(inspect)
 

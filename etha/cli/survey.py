@@ -228,7 +228,7 @@ def _memory(record: MemoryRecord | None) -> str:
     if record is None:
         return "not looked at yet"
     if record.gate is not None:
-        return f"hidden by {record.gate}"
+        return f"hidden by {record.gate}; run: etha doctor"
     mappings = sum(map(len, record.mappings))
     descriptors = sum(map(len, record.descriptors))
     return f"{mappings} mappings, {descriptors} descriptors in the owner"

@@ -59,7 +59,7 @@ def bootstrap_client(
         ConnectionError: no agent answered in time; the text says which of absent, dead, stopped, other user, other
             version, other PID namespace.
     """
-    rank, offset = _agent_rank()
+    rank, offset = agent_rank()
     global_rank = next((value for value in map(_optional_rank, ("RANK", "LOCAL_RANK")) if value is not None), 0)
     command, state = (path_naming_fn or default_paths)(rank)
     client = TensorBusClient(rank, command, state, connection_timeout)
@@ -95,7 +95,12 @@ def setup_ptrace(tracer_pid: int | None = None) -> None:
     tracer.authorise(tracer_pid)
 
 
-def _agent_rank() -> tuple[int, int | None]:
+def agent_rank() -> tuple[int, int | None]:
+    """The rank of the agent that the environment names, and the offset that was added, if one was.
+
+    Raises:
+        InvalidArgument: a variable is missing, or is not an integer >= 0; ``resource`` is its name.
+    """
     direct = _optional_rank("AGENT_RANK")
     if direct is not None:
         return direct, None

@@ -273,7 +273,7 @@ def _out_of_descriptors() -> SystemLimit:
     return SystemLimit(
         "the agent sent more descriptors than this process may open.",
         resource="RLIMIT_NOFILE",
-        remedy="Raise the limit (ulimit -n).",
+        remedy="Raise the limit (ulimit -n); run: etha doctor",
     )
 
 

@@ -134,7 +134,7 @@ def open_environment(path: str, *, map_size: int, create: bool = False, readonly
             raise SystemLimit(
                 f"{path} cannot be opened: {error}.",
                 resource=path,
-                remedy="If no agent runs, remove the file; else see that disk and descriptors are free.",
+                remedy="If no agent runs, remove the file; else free disk or descriptors; run: etha doctor",
             ) from error
         made = os.stat(path)
         key = (made.st_dev, made.st_ino)

@@ -50,7 +50,7 @@ class FrontDoor:
             raise SystemLimit(
                 f"{path} cannot be made: {error.strerror}.",
                 resource=path,
-                remedy="See that the directory is writable and the disk not full.",
+                remedy="See that the directory is writable and the disk not full; run: etha doctor",
             ) from error
 
     def fileno(self) -> int:
@@ -75,7 +75,7 @@ class FrontDoor:
                 raise SystemLimit(
                     f"no connection can be taken: {error.strerror}.",
                     resource="RLIMIT_NOFILE",
-                    remedy="Raise the agent's limit (ulimit -n).",
+                    remedy="Raise the agent's limit (ulimit -n); run: etha doctor",
                 ) from error
             session = self._look_at(sock, now)
             if session is not None:
@@ -111,13 +111,13 @@ def mismatch(hello: packets.Hello, agent: LockText, path: str) -> EthaError | No
         return VersionMismatch(
             f"the agent speaks record schema {SCHEMA}, the worker {hello.schema}.",
             resource=path,
-            remedy="Run the same etha on both sides.",
+            remedy="Install the same etha on both sides; run: etha doctor",
         )
     if (hello.boot, hello.namespace) != (agent.boot, agent.namespace):
         return OtherNamespace(
             "the worker lives in another PID namespace.",
             resource=path,
-            remedy="Share the PID namespace (docker run --pid), or run an agent inside.",
+            remedy="Share the PID namespace (docker run --pid), or run an agent inside; run: etha doctor",
         )
     return None
 

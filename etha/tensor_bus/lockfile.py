@@ -86,7 +86,9 @@ def read_lock(path: str) -> LockState | None:
         found = os.fstat(fd)
         uid = found.st_uid
         if not stat.S_ISREG(found.st_mode):
-            raise UnsafePath(f"{path} is no plain file.", resource=path, holder=f"uid {uid}", remedy="Remove it.")
+            raise UnsafePath(
+                f"{path} is no plain file.", resource=path, holder=f"uid {uid}", remedy="Remove it; run: etha doctor"
+            )
         raw = os.read(fd, _MAX_TEXT) if uid == os.geteuid() else b""
         held = not _try_flock(fd, fcntl.LOCK_SH)
     finally:
@@ -213,7 +215,10 @@ def _require_private(fd: int, path: str) -> None:
     shared = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or shared:
         raise UnsafePath(
-            f"{path} is no plain file of yours alone.", resource=path, holder=f"uid {found.st_uid}", remedy="Remove it."
+            f"{path} is no plain file of yours alone.",
+            resource=path,
+            holder=f"uid {found.st_uid}",
+            remedy="Remove it; run: etha doctor",
         )
 
 

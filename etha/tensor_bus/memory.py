@@ -278,7 +278,7 @@ class Memory:
         error = SystemLimit(
             f"the agent could not take the descriptors: {reason.message}",
             resource="RLIMIT_NOFILE",
-            remedy="Raise the agent's limit (ulimit -n), or share fewer, larger storages.",
+            remedy="Raise the agent's limit (ulimit -n), or share fewer, larger storages; run: etha doctor",
         )
         for generation, held in list(self._held.items()):
             if held.client == client and not held.opening:
@@ -343,7 +343,7 @@ def _too_many(wanted: int, free: int) -> SystemLimit:
     return SystemLimit(
         f"the agent would need {wanted} more descriptors and may open {max(free, 0)}.",
         resource="RLIMIT_NOFILE",
-        remedy="Raise the agent's limit (ulimit -n), or share fewer, larger storages.",
+        remedy="Raise the agent's limit (ulimit -n), or share fewer, larger storages; run: etha doctor",
     )
 
 

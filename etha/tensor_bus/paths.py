@@ -92,7 +92,7 @@ def agent_paths(rank: int, command: str | None = None, state: str | None = None)
         raise InvalidArgument(
             f"the socket path {paths.socket} is longer than {_SUN_PATH_MAX} bytes.",
             resource=paths.socket,
-            remedy="Set ETHA_RUNTIME_DIR, or the command queue path, to a shorter one.",
+            remedy="Set ETHA_RUNTIME_DIR, or the command queue path, to a shorter one; run: etha doctor",
         )
     for path in paths:
         if not path.isprintable():
@@ -146,7 +146,7 @@ def require_private(path: str) -> os.stat_result | None:
             f"{path} {reason}; it was not opened.",
             resource=path,
             holder=f"uid {found.st_uid}",
-            remedy="Remove it, or set ETHA_RUNTIME_DIR to a directory of your own.",
+            remedy="Remove it, or set ETHA_RUNTIME_DIR to a directory of your own; run: etha doctor",
         )
     return found
 
@@ -164,7 +164,7 @@ def require_trusted_directory(path: str) -> None:
         raise UnsafePath(
             f"{directory} cannot be used: {error.strerror}.",
             resource=directory,
-            remedy="Create it, or set ETHA_RUNTIME_DIR to a directory of your own.",
+            remedy="Create it, or set ETHA_RUNTIME_DIR to a directory of your own; run: etha doctor",
         ) from error
     shared = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if (
@@ -176,7 +176,7 @@ def require_trusted_directory(path: str) -> None:
             f"{directory} is no directory that only you (or a sticky bit) can change.",
             resource=directory,
             holder=f"uid {link.st_uid}",
-            remedy="Set ETHA_RUNTIME_DIR to a directory of your own with mode 0700.",
+            remedy="Set ETHA_RUNTIME_DIR to a directory of your own with mode 0700; run: etha doctor",
         )
 
 
@@ -186,9 +186,11 @@ def cannot_open(path: str, error: OSError) -> EthaError:
         return SystemLimit(
             f"{path} cannot be made: {error.strerror}.",
             resource=path,
-            remedy="See that disk and descriptors are free (df, ulimit -n).",
+            remedy="See that disk and descriptors are free (df, ulimit -n); run: etha doctor",
         )
-    return UnsafePath(f"{path} cannot be opened: {error.strerror}.", resource=path, remedy="See whose it is: ls -l")
+    return UnsafePath(
+        f"{path} cannot be opened: {error.strerror}.", resource=path, remedy="See whose it is (ls -l); run: etha doctor"
+    )
 
 
 _RAN_OUT: Final = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EROFS)

@@ -167,7 +167,7 @@ class Premises:
             raise UnsafePath(
                 f"{path} was not made by etha; it is untouched.",
                 resource=path,
-                remedy="Give another path, or remove it if nobody needs it.",
+                remedy="Give another path, or remove it if nobody needs it; run: etha doctor",
             )
 
 

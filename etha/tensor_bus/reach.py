@@ -136,14 +136,14 @@ def _who_serves(paths: AgentPaths, rank: int) -> LockText:
             f"the agent of rank {rank} lives in another PID namespace: neither side could watch the other die.",
             resource=paths.command,
             holder=f"pid {text.pid} there",
-            remedy="Share the PID namespace (docker run --pid), or run an agent of your own inside.",
+            remedy="Share the PID namespace (docker run --pid), or run an agent inside; run: etha doctor",
         )
     if text.schema != SCHEMA:
         raise VersionMismatch(
             f"the agent of rank {rank} speaks record schema {text.schema}, this etha {SCHEMA}.",
             resource=paths.command,
             holder=f"pid {text.pid}",
-            remedy="Run the same etha on both sides.",
+            remedy="Install the same etha on both sides; run: etha doctor",
         )
     return text
 
@@ -175,7 +175,9 @@ def _not_answering(text: LockText) -> EthaError:
         f"the agent of rank {text.rank}, {label} ({state}), does not answer.",
         resource=f"rank {text.rank}",
         holder=label,
-        remedy=f"Let it go on: kill -CONT {text.pid}" if state == "stopped" else "Is it still starting? Try again.",
+        remedy=f"Let it go on: kill -CONT {text.pid}"
+        if state == "stopped"
+        else "Is it still starting? Try again, or run: etha doctor",
     )
 
 
@@ -184,5 +186,5 @@ def _other_user(path: str, uid: int) -> OtherUser:
         f"{path} belongs to uid {uid}.",
         resource=path,
         holder=f"uid {uid}",
-        remedy="Set ETHA_RUNTIME_DIR to a directory of your own, and start an agent there.",
+        remedy="Set ETHA_RUNTIME_DIR to a directory of your own, and start an agent there; run: etha doctor",
     )

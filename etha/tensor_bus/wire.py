@@ -103,7 +103,7 @@ def require_whole(raw: Raw) -> None:
         raise InvalidRecord(
             "a packet was cut short: too long, or more descriptors than this process may open.",
             resource="packet",
-            remedy="Raise RLIMIT_NOFILE (ulimit -n).",
+            remedy="Raise RLIMIT_NOFILE (ulimit -n); run: etha doctor",
         )
 
 

@@ -86,7 +86,7 @@ def reserve_descriptors(opening: int, sending: int = 0) -> None:
         raise SystemLimit(
             f"{needed} descriptors are needed and {hard} are allowed.",
             resource="RLIMIT_NOFILE",
-            remedy="Raise the hard limit (ulimit -Hn, LimitNOFILE=), or share fewer, larger storages.",
+            remedy="Raise the hard limit (ulimit -Hn, LimitNOFILE=), or share fewer, larger storages; run: etha doctor",
         )
     # An infinite soft limit would be above fs.nr_open, which the kernel refuses: then ask for what is needed.
     target = needed if hard == resource.RLIM_INFINITY else hard

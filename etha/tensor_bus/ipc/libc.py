@@ -39,9 +39,9 @@ _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 
 _LIMITS: Final = {
     errno.ENOMEM: ("mappings or address space", "Raise vm.max_map_count, or the limit on address space."),
-    errno.EAGAIN: ("locked memory", "Raise RLIMIT_MEMLOCK."),
+    errno.EAGAIN: ("locked memory", "Raise RLIMIT_MEMLOCK; run: etha doctor"),
     errno.ENFILE: ("open files of the system", "Raise fs.file-max."),
-    errno.EMFILE: ("RLIMIT_NOFILE", "Raise the limit on open descriptors (ulimit -n)."),
+    errno.EMFILE: ("RLIMIT_NOFILE", "Raise the limit on open descriptors (ulimit -n); run: etha doctor"),
 }
 
 

@@ -89,7 +89,7 @@ class Peer:
             raise OtherNamespace(
                 "The peer lives in another PID namespace: neither side could watch the other die.",
                 resource=f"uid {uid}",
-                remedy="Share the PID namespace (docker run --pid), or run an agent of your own inside.",
+                remedy="Share the PID namespace (docker run --pid), or run an agent inside; run: etha doctor",
             )
         pidfd = _peer_pidfd(sock, pid, uid)
         try:
