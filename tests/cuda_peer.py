@@ -23,6 +23,7 @@ from etha.tensor_bus.ipc import driver as api
 from etha.tensor_bus.ipc.cuda import Device
 from etha.tensor_bus.ipc.cuda_backend import CudaBackend
 from etha.tensor_bus.ipc.cuda_records import Chunk, CudaAllocation, CudaManifest, LegacyAllocation, VirtualAllocation
+from etha.tensor_bus.ipc.driver import Driver
 from etha.tensor_bus.ipc.fence import Fences
 from etha.tensor_bus.ipc.manifest import Storage, TensorSpec
 from etha.tensor_bus.ipc.mapping import MappingTable
@@ -49,13 +50,14 @@ def receive(sock: socket.socket, kind: Any) -> tuple[Any, list[int]]:
     return msgspec.msgpack.decode(data, type=kind), fds
 
 
-def describe(driver: FakeDriver, address: int, sizes: tuple[int, ...]) -> tuple[CudaManifest, list[int]]:
+def describe(driver: Driver, address: int, sizes: tuple[int, ...]) -> tuple[CudaManifest, list[int]]:
     """A manifest of one storage over what lies there, and its descriptors: chunks, or one legacy allocation."""
+    uuid = driver.device_uuid(0)
     fds: list[int] = []
     allocation: CudaAllocation
     if driver.pointer_attribute(api.IS_LEGACY_CAPABLE, address):
         buffer = driver.pointer_attribute(api.BUFFER_ID, address)
-        allocation = LegacyAllocation(driver.uuids[0], OWNER, buffer, driver.ipc_get_handle(address), sum(sizes))
+        allocation = LegacyAllocation(uuid, OWNER, buffer, driver.ipc_get_handle(address), sum(sizes))
     else:
         chunks, at = [], address
         for size in sizes:
@@ -64,7 +66,7 @@ def describe(driver: FakeDriver, address: int, sizes: tuple[int, ...]) -> tuple[
             driver.release_allocation(handle)
             chunks.append(Chunk(driver.pointer_attribute(api.MEMORY_BLOCK_ID, at), size))
             at += size
-        allocation = VirtualAllocation(driver.uuids[0], OWNER, tuple(chunks))
+        allocation = VirtualAllocation(uuid, OWNER, tuple(chunks))
     spec = TensorSpec(0, "uint8", (allocation.size,), (1,), 0)
     return CudaManifest((allocation,), (Storage(0, 0, allocation.size),), (spec,), {"w": 0}), fds
 

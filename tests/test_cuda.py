@@ -41,13 +41,13 @@ def device(driver: FakeDriver) -> Device:
 
 
 class Peer:
-    """`cuda_peer.py`, as its own process."""
+    """A script beside this one, as its own process, and the socket to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, script: str) -> None:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.settimeout(60)
         with theirs:
-            command = [sys.executable, str(Path(__file__).with_name("cuda_peer.py")), str(theirs.fileno())]
+            command = [sys.executable, str(Path(__file__).with_name(script)), str(theirs.fileno())]
             self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
 
     def end(self) -> None:
@@ -57,8 +57,8 @@ class Peer:
 
 
 @contextmanager
-def peer() -> Iterator[Peer]:
-    made = Peer()
+def peer(script: str = "cuda_peer.py") -> Iterator[Peer]:
+    made = Peer(script)
     try:
         yield made
     finally:

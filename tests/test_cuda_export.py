@@ -158,6 +158,13 @@ def test_a_storage_beyond_its_allocation_is_refused(driver, device):
     assert caught.value.resource == "w"
 
 
+def test_a_storage_over_two_legacy_allocations_is_refused(driver, device):
+    address = driver.allocate_chunks(GRANULARITY, GRANULARITY, IS_LEGACY_CAPABLE=1)
+    with pytest.raises(NotShareable, match="reaches over the end") as caught:
+        share(device, w=tensor(address + GRANULARITY - 4, 8))
+    assert caught.value.resource == "w"
+
+
 def test_too_many_descriptors_are_refused_before_one_is_made(driver, device, monkeypatch):
     base = driver.allocate_chunks(*[GRANULARITY] * 20)
     monkeypatch.setattr("resource.getrlimit", lambda _: (40, 40))
@@ -182,9 +189,9 @@ def test_each_call_of_an_export_failing_leaves_nothing_open(kind, driver, device
         start = len(driver.calls)
         driver.fail_at = start + k
         try:
-            exported = share(device, **{f"w{index}": each for index, each in enumerate(made)})
-        except DriverError:
-            exported = None
+            exported, kept = share(device, **{f"w{index}": each for index, each in enumerate(made)}), None
+        except DriverError as error:
+            exported, kept = None, error  # and with it every frame, as a caller's traceback does
         if len(driver.calls) - start < k:
             break
         failed.add(driver.calls[start + k - 1])
@@ -198,6 +205,7 @@ def test_each_call_of_an_export_failing_leaves_nothing_open(kind, driver, device
             driver.stack.clear()  # a thread whose context cannot be popped keeps it
             after["current"] = 0
         assert after == before, f"call {k}, {driver.calls[start + k - 1]}"
+        assert (kept is None) != (exported is None)
     driver.fail_at = 0
     assert exported is not None
     exported.close_fds()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import importlib.util
 import os
 import random
+import socket
 import time
 from collections.abc import Iterator
 
@@ -13,6 +15,7 @@ import pytest
 from cuda_peer import Told, describe, make, receive, send
 from fake_driver import CAPTURE_UNSUPPORTED, DEVICE_OFFSET, GRANULARITY, FakeDriver
 from fake_streams import reached
+from gpu_player import Game
 from test_cuda import peer
 
 from etha.errors import DriverError, InvalidArgument, InvalidRecord, StreamCapturing, SystemFault, SystemLimit
@@ -322,3 +325,47 @@ def test_no_read_of_ten_thousand_is_torn(kind):
 @pytest.mark.parametrize("taken_out", ["writer_waits", "reader_waits"])
 def test_without_either_wait_reads_are_torn(kind, taken_out):
     assert play(kind, 1_000, **{taken_out: False}) > 0
+
+
+# -- the same on a GPU -------------------------------------------------------------------------------------------
+
+
+def missing() -> str | None:
+    """What a GPU test lacks here. It must not initialise CUDA in this process, whose other tests fork."""
+    if not os.path.exists("/dev/nvidiactl"):
+        return "no GPU: there is no /dev/nvidiactl"
+    return None if importlib.util.find_spec("cuda") else "no cuda-bindings"
+
+
+on_gpu = [pytest.mark.cuda, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+
+
+def play_on_gpu(kind: str, versions: int, *, writer_waits: bool = True, reader_waits: bool = True) -> int:
+    """As `play`, with two players that have the device, and this process for an agent, which has not."""
+    seed = random.SystemRandom().getrandbits(32)
+    print(f"seed {seed}")
+    table = FenceTable()
+    mine, theirs = table.take(), table.take()
+    roles = {"owner": (mine, theirs, writer_waits), "reader": (theirs, mine, reader_waits)}
+    with peer("gpu_player.py") as owner, peer("gpu_player.py") as reader:
+        ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for player, end, (role, (own, other, waits)) in zip((owner, reader), ends, roles.items(), strict=True):
+            game = Game(role, kind, own, other, waits, versions, seed + own)
+            send(player.socket, game, [table.fileno(), end.fileno()])
+            end.close()
+        owner.socket.settimeout(200)
+        receive(owner.socket, int)
+        torn, _ = receive(reader.socket, int)
+    table.close()
+    return torn
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=on_gpu) for kind in ("legacy", "fd")])
+def test_no_read_on_a_gpu_is_torn(kind):
+    assert play_on_gpu(kind, 10_000) == 0
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=on_gpu) for kind in ("legacy", "fd")])
+@pytest.mark.parametrize("taken_out", ["writer_waits", "reader_waits"])
+def test_without_either_wait_reads_on_a_gpu_are_torn(kind, taken_out):
+    assert play_on_gpu(kind, 1_000, **{taken_out: False}) > 0

@@ -51,12 +51,13 @@ def test_all_in_one_go_skip_and_write_nothing(tmp_path):
 
 STUCK = """
 import sys, threading
-from rig import children, run
+from rig import FIGURES, children, run
 
 def child(sock):
     threading.Event().wait()
 
 def ask():
+    FIGURES["so far"] = 5
     with children("child") as (one,):
         print(one.process.pid, flush=True)
         threading.Event().wait()
@@ -82,7 +83,7 @@ def child(sock):
 
 def ask():
     with children("child") as (one,):
-        return one.hear(30), {}
+        return one.hear(30)
 
 run("wrong", "What did the child say?", ask, {"child": child})
 """
@@ -102,6 +103,7 @@ def test_a_probe_that_is_stuck_ends_itself_and_its_children(tmp_path):
     assert ran.returncode == 3
     child, *_, record = ran.stdout.splitlines()
     assert json.loads(record)["status"] == "out of time"
+    assert json.loads(record)["figures"] == {"so far": 5}
     assert not Path(f"/proc/{child}").exists()
 
 

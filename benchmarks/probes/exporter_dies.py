@@ -12,7 +12,7 @@ import socket
 from typing import Any
 
 from libcuda import MIB, READ, READ_WRITE, Cuda, CudaError
-from rig import Answer, children, receive, run, send
+from rig import FIGURES, children, receive, run, send
 
 QUESTION = "What does an importer see when the exporter is killed, or frees and allocates again?"
 
@@ -112,10 +112,11 @@ def stranger(sock: socket.socket) -> None:
     receive(sock)
 
 
-def main() -> Answer:
+def main() -> str:
     cuda = Cuda().start()
     found: dict[str, Any]
-    figures: dict[str, Any] = {"word_of_exporter": hex(OLD), "after_realloc": hex(NEW), "of_stranger": hex(STRANGER)}
+    figures = FIGURES
+    figures.update(word_of_exporter=hex(OLD), after_realloc=hex(NEW), of_stranger=hex(STRANGER))
     for kind in ("legacy", "fd"):
         for what, case in (("exporter killed", kill), ("freed and allocated again", reallocate)):
             found = figures[f"{kind}, {what}"] = {"free_before": cuda.free_bytes()}
@@ -124,7 +125,7 @@ def main() -> Answer:
             except (EOFError, TimeoutError) as error:
                 found["failed"] = str(error)
             found["free_after_all"] = cuda.free_bytes()
-    return summary(figures), figures
+    return summary(figures)
 
 
 def kill(cuda: Cuda, kind: str, found: dict[str, Any]) -> None:

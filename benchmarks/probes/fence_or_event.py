@@ -18,7 +18,7 @@ import time
 from typing import Any
 
 from libcuda import MIB, Cuda, CudaError, IpcHandle
-from rig import Answer, Child, Skip, children, receive, run, send
+from rig import FIGURES, Child, Skip, children, receive, run, send
 from slots import RELEASED, Slots, sealed_memfd
 
 QUESTION = "When the process that was to signal is killed, does the stream that waits for it end?"
@@ -87,13 +87,11 @@ def worker(sock: socket.socket) -> None:
             send(sock, cuda.attempt("cuMemsetD32_v2", scratch, 1, 1))
 
 
-def main() -> Answer:
+def main() -> str:
     cuda = Cuda().start()
-    figures: dict[str, Any] = {
-        "stream_memory_operations_64_bit": cuda.attribute("stream_memory_operations_64_bit"),
-        "ipc_events": cuda.attribute("ipc_events"),
-        "host_pointer_for_registered": cuda.attribute("host_pointer_for_registered"),
-    }
+    figures = FIGURES
+    for name in ("stream_memory_operations_64_bit", "ipc_events", "host_pointer_for_registered"):
+        figures[name] = cuda.attribute(name)
     fd = sealed_memfd(SLOTS)
     try:
         slots = Slots(cuda, fd, SLOTS)
@@ -130,7 +128,7 @@ def main() -> Answer:
         except (EOFError, TimeoutError) as error:
             figures[key] = {"failed": str(error)}
     os.close(fd)
-    return summary(figures), figures
+    return summary(figures)
 
 
 def case(mechanism: str, direction: str, killed: bool) -> dict[str, Any]:

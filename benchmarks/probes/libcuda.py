@@ -108,6 +108,7 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuMemAlloc_v2": (_POINTER(_c_u64), _c_size),
     "cuMemFree_v2": (_c_u64,),
     "cuMemsetD32_v2": (_c_u64, _c_uint, _c_size),
+    "cuMemsetD32Async": (_c_u64, _c_uint, _c_size, _c_void),
     "cuMemcpyDtoH_v2": (_c_void, _c_u64, _c_size),
     "cuMemcpyHtoD_v2": (_c_u64, _c_void, _c_size),
     "cuMemcpyDtoDAsync_v2": (_c_u64, _c_u64, _c_size, _c_void),
@@ -359,7 +360,11 @@ class Cuda:
         return made
 
     def load(self) -> None:
-        """Compile the kernels; done before a clock starts."""
+        """Compile the kernels and run each once, before a clock starts.
+
+        The driver loads a kernel when it is first launched, and may wait for the whole context to do so: on a stream
+        behind which another process stands, that would be for ever.
+        """
         module = _c_void()
         image = ptx(self.attribute("compute_major"), self.attribute("compute_minor"))
         self("cuModuleLoadData", ctypes.byref(module), image)
@@ -367,6 +372,12 @@ class Cuda:
             function = _c_void()
             self("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
             self._functions[name] = function
+        stream, scratch = self.stream(), self.allocate(8)
+        self.launch("spin", stream, 0)
+        self.launch("nothing", stream)
+        self.launch("move", stream, scratch + 4, scratch)
+        self("cuStreamSynchronize", stream)
+        self("cuMemFree_v2", scratch)
 
     def launch(self, name: str, stream: ctypes.c_void_p, *numbers: int, blocks: int = 1) -> None:
         """Queue a kernel of one thread a block; its arguments are 64-bit numbers, copied at once."""

@@ -13,7 +13,7 @@ import socket
 from typing import Any
 
 from libcuda import MIB, READ, READ_WRITE, Cuda, CudaError, NoCuda
-from rig import Answer, Skip, children, receive, run, send
+from rig import FIGURES, Skip, children, receive, run, send
 
 QUESTION = "Can another user open a legacy handle from its bytes?"
 
@@ -53,7 +53,7 @@ def opener(sock: socket.socket) -> None:
     send(sock, found)
 
 
-def main() -> Answer:
+def main() -> str:
     cuda = Cuda().start()
     if os.getuid() != 0:
         raise Skip("needs root, to become another user")
@@ -64,7 +64,8 @@ def main() -> Answer:
     mapped = cuda.reserve(size)
     cuda.map(mapped, size, handle, READ_WRITE)
     cuda.fill(mapped, WORD, size)
-    figures: dict[str, Any] = {"word": hex(WORD)}
+    figures = FIGURES
+    figures["word"] = hex(WORD)
     for name, uid in (("same user", None), ("another user", NOBODY)):
         with children("opener") as (child,):
             fd = cuda.export_fd(handle)
@@ -75,7 +76,7 @@ def main() -> Answer:
                 figures[name] = {"failed": str(error)}
             os.close(fd)
     parts = [f"{name}: {found.get('failed') or found['legacy']}" for name, found in figures.items() if name != "word"]
-    return "; ".join(parts), figures
+    return "; ".join(parts)
 
 
 if __name__ == "__main__":

@@ -69,10 +69,13 @@ class Child:
         return self.hear(timeout)
 
     def kill(self) -> float:
-        """SIGKILL it; seconds until it was gone."""
+        """SIGKILL it; seconds until it was gone, or `TimeoutError`: a driver may hold it."""
         start = time.monotonic()
         self.process.kill()
-        self.process.wait(30)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(f"child {self.role!r} was not gone 20 s after its SIGKILL") from error
         return round(time.monotonic() - start, 3)
 
     def end(self) -> int | None:
@@ -119,8 +122,7 @@ def children(*roles: str) -> Iterator[list[Child]]:
         yield made
     finally:
         for child in made:
-            child.process.kill()
-            child.process.wait(30)
+            child.kill()
             child.socket.close()
 
 
@@ -131,14 +133,14 @@ class Skip(Exception):
     """The probe cannot ask its question here; the text says why."""
 
 
-Answer = tuple[str, dict[str, Any]]
-"""What to tell people, and what was measured."""
+FIGURES: dict[str, Any] = {}
+"""What this probe has measured so far: what is in it is reported also when time runs out or something fails."""
 
 
 def run(
     name: str,
     question: str,
-    ask: Callable[[], Answer],
+    ask: Callable[[], str],
     roles: Mapping[str, Callable[[socket.socket], None]] | None = None,
     *,
     seconds: float = 55.0,
@@ -148,7 +150,7 @@ def run(
     Args:
         name: of the probe: its script's name without suffix.
         question: one sentence.
-        ask: finds the answer.
+        ask: finds the answer, puts what it measures into `FIGURES`, and says it in a line.
         roles: what children do, by role; each gets the socket to the probe.
         seconds: after which it is ended with all of its children.
     """
@@ -164,12 +166,13 @@ def run(
             (roles or {})[role](sock)
         os._exit(0)  # a context may be broken on purpose; its destructors have nothing to say
     out = arguments.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else None)
-    record: dict[str, Any] = {"probe": name, "question": question, "status": "failed"}
-    _watch(seconds, lambda: _finish({**record, "status": "out of time", "answer": f"no answer in {seconds} s"}, out))
+    record: dict[str, Any] = {"probe": name, "question": question, "status": "failed", "figures": FIGURES}
+    late = {"status": "out of time", "answer": f"no answer within {seconds} s"}
+    _watch(seconds, lambda: _finish({**record, **late}, out))
     start = time.monotonic()
     status = 0
     try:
-        record["answer"], record["figures"] = ask()
+        record["answer"] = ask()
         record["status"] = "answered"
     except (NoCuda, Skip) as reason:
         record.update(status="skipped", answer=f"skipped: {reason}")
@@ -193,11 +196,12 @@ def _finish(record: dict[str, Any], out: Path | None) -> None:
             child.process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):  # the driver may hold it for a while
                 child.process.wait(5)
+    text = json.dumps(record)
     print(f"{record['probe']}: {record['answer']}")
-    print(json.dumps(record), flush=True)
+    print(text, flush=True)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / f"probe-{record['probe']}.json").write_text(json.dumps(record, indent=1) + "\n")
+        (out / f"probe-{record['probe']}.json").write_text(json.dumps(json.loads(text), indent=1) + "\n")
 
 
 def _watch(seconds: float, last_words: Callable[[], None] | None) -> None:

@@ -21,15 +21,12 @@ from typing import Any
 
 import msgspec
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import torch
 from ipc_helpers import in_fork
 from worlds import WORLDS, World, pattern
 
 from etha.errors import EthaError, InvalidRecord, LeaseReleased, NotShareable, StorageMoved
-from etha.tensor_bus.ipc.cuda_records import VirtualAllocation  # noqa: E402
+from etha.tensor_bus.ipc.cuda_records import VirtualAllocation
 from etha.tensor_bus.ipc.mapping import ImportedMemory, MappingTable
 
 PATIENCE = 60.0
