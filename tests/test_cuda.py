@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from box import until
 from cuda_peer import CudaManifest, Told, describe, make, receive, send
 from fake_driver import GRANULARITY, FakeDriver
 from ipc_helpers import in_fork
@@ -226,7 +227,7 @@ def test_memory_by_fd_outlives_its_exporter(driver, device):
 
 @kinds
 def test_unmaps_after_the_work_that_may_read_it(kind, driver, device):
-    stream = driver.create_stream()
+    stream, other = driver.create_stream(), driver.create_stream()
     started, go = threading.Event(), threading.Event()
     seen = []
     with offered(kind) as (_, manifest, fds):
@@ -242,8 +243,15 @@ def test_unmaps_after_the_work_that_may_read_it(kind, driver, device):
         started.wait(60)
         opened.close()
         assert address in driver.tables.mapped
-        threading.Timer(0.05, go.set).start()
-        assert device.drain(stream) == 1
+        drained = []
+        thread = threading.Thread(target=lambda: drained.append(device.drain(stream)))
+        thread.start()
+        until(lambda: "cuCtxSynchronize" in driver.calls)
+        assert (device.retired, address in driver.tables.mapped) == (1, True)
+        assert device.drain(other) == 0  # another thread has it in hand
+        go.set()
+        thread.join(60)
+        assert (drained, device.retired) == ([1], 0)
         assert seen == [bytes([1]) * 4]
         assert address not in driver.tables.mapped
 
@@ -287,6 +295,21 @@ def test_through_the_table_once_for_all_and_only_when_asked(driver, device):
         waited = driver.calls.count("cuCtxSynchronize")
         assert (len(table), device.retired, device.drain()) == (0, 2, 2)
         assert driver.calls.count("cuCtxSynchronize") == waited + 1
+    assert driver.left_open() == before
+
+
+def test_all_of_a_manifest_or_nothing(driver, device):
+    table = MappingTable()
+    backend = CudaBackend(device, b"a reading client", "cpu")
+    before = driver.left_open()
+    with offered("fd") as (_, manifest, fds), offered("legacy") as (_, other, _):
+        (wrong,) = other.allocations
+        wrong = msgspec.structs.replace(wrong, size=wrong.size + 1)
+        both = msgspec.structs.replace(manifest, allocations=(*manifest.allocations, wrong))
+        with pytest.raises(InvalidRecord):
+            backend.import_memory(both, fds, table)
+        assert len(table) == 0
+        assert device.drain() == 1
     assert driver.left_open() == before
 
 

@@ -233,16 +233,16 @@ def test_a_second_export_of_the_same_memory_is_the_same_allocation(world, owner,
 # -- all or nothing ----------------------------------------------------------------------------------------------
 
 
-def grown(world: World, offer: Offer) -> Any:
-    """The same manifest, claiming more than there is."""
-    first, *rest = offer.manifest.allocations
-    if world.name == "fake-cuda-fd":
-        last = first.chunks[-1]
-        chunks = (*first.chunks[:-1], msgspec.structs.replace(last, size=last.size * 8))
-        first = msgspec.structs.replace(first, chunks=chunks)
-    elif hasattr(first, "size"):
-        first = msgspec.structs.replace(first, size=first.size * 8)
-    return msgspec.structs.replace(offer.manifest, allocations=(first, *rest))
+def grown(offer: Offer) -> Any:
+    """The same manifest, the last allocation claiming more than there is."""
+    *rest, last = offer.manifest.allocations
+    if isinstance(last, VirtualAllocation):
+        chunk = last.chunks[-1]
+        chunks = (*last.chunks[:-1], msgspec.structs.replace(chunk, size=chunk.size * 8))
+        last = msgspec.structs.replace(last, chunks=chunks)
+    else:
+        last = msgspec.structs.replace(last, size=last.size * 8)
+    return msgspec.structs.replace(offer.manifest, allocations=(*rest, last))
 
 
 def test_a_claim_beyond_the_memory_opens_nothing(world, offer):
@@ -251,7 +251,7 @@ def test_a_claim_beyond_the_memory_opens_nothing(world, offer):
     table = MappingTable()
     before = world.left_open()
     with pytest.raises(EthaError):
-        world.import_memory(grown(world, offer), offer.fds, table)
+        world.import_memory(grown(offer), offer.fds, table)
     world.settle(table)
     assert (len(table), world.left_open()) == (0, before)
 

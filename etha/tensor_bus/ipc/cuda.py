@@ -86,6 +86,7 @@ class Device:
         self.ordinal = devices.index(uuid)
         self._pid = os.getpid()
         self._retired: deque[Undo] = deque()
+        self._unsettled: set[Undo] = set()
         self._origins: dict[CudaAllocation, weakref.WeakSet[Origin]] = {}
         self._context = driver.retain_context(self.ordinal)
         self._held = True
@@ -129,12 +130,13 @@ class Device:
 
     def retire(self, undo: Undo) -> None:
         """Undo at the next `drain`."""
+        self._unsettled.add(undo)
         self._retired.append(undo)
 
     @property
     def retired(self) -> int:
         """Mappings that were closed and are not unmapped yet. The owner must not have its memory back before."""
-        return len(self._retired) if self._pid == os.getpid() else 0
+        return len(self._unsettled) if self._pid == os.getpid() else 0
 
     def drain(self, stream: int = 0) -> int:
         """Unmap what was closed, after all work of the context. Waits for the device, unless nothing was closed.
@@ -148,7 +150,7 @@ class Device:
         Raises:
             DriverError: of the first that could not be undone, after all were tried; it is tried again next time.
         """
-        if not self.retired or self.driver.is_capturing(stream):
+        if not self._retired or self._pid != os.getpid() or self.driver.is_capturing(stream):
             return 0
         batch: list[Undo] = []
         # Taken one by one: another thread may be draining too, and what comes meanwhile has not been waited for.
@@ -157,6 +159,8 @@ class Device:
                 batch.append(self._retired.popleft())
             except IndexError:
                 break
+        if not batch:
+            return 0
         done, first = 0, None
         try:
             with self.current() as driver:
@@ -164,6 +168,7 @@ class Device:
                 while batch:
                     try:
                         batch[-1].run()
+                        self._unsettled.discard(batch[-1])
                         done += 1
                     except SystemFault as error:
                         first = first or error
