@@ -88,7 +88,7 @@ def importer(sock: socket.socket) -> None:
             else:
                 said = cuda.attempt("cuMemUnmap", address, SIZE)
                 cuda.attempt("cuMemAddressFree", address, SIZE)
-            send(sock, {"said": said, "synchronize": cuda.attempt("cuCtxSynchronize"), "free": cuda.free_bytes()})
+            send(sock, {"said": said, "synchronize": cuda.attempt("cuCtxSynchronize")})
 
 
 def open_shared(cuda: Cuda, handle: str | None, fds: list[int]) -> int:

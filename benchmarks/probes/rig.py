@@ -162,7 +162,7 @@ def run(
         role, number = arguments.child
         _die_with(os.getppid())
         _watch(seconds, None)
-        with socket.socket(fileno=int(number)) as sock, contextlib.suppress(EOFError, BrokenPipeError):
+        with socket.socket(fileno=int(number)) as sock, contextlib.suppress(EOFError, ConnectionError):
             (roles or {})[role](sock)
         os._exit(0)  # a context may be broken on purpose; its destructors have nothing to say
     out = arguments.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else None)
