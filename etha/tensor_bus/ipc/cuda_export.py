@@ -38,9 +38,12 @@ if TYPE_CHECKING:
     import torch
 
 _NATIVE: Final = "Allocate it with torch's default allocator; clone() makes such a copy."
-_PLAIN_SEGMENTS: Final = (
-    "Start the process without expandable_segments in PYTORCH_CUDA_ALLOC_CONF, or without"
-    " TORCH_CUDA_EXPANDABLE_SEGMENTS_IPC=0."
+# torch asks for fabric handles wherever the device has them, and for none if that variable is 0
+# (c10/cuda/CUDACachingAllocator.cpp, ExpandableSegment::map).
+_NO_SEGMENTS: Final = "Start the process without expandable_segments in PYTORCH_CUDA_ALLOC_CONF."
+_SEGMENTS_WITH_HANDLES: Final = (
+    "Start the process without TORCH_CUDA_EXPANDABLE_SEGMENTS_IPC=0, or without expandable_segments in"
+    " PYTORCH_CUDA_ALLOC_CONF."
 )
 
 
@@ -85,8 +88,8 @@ def classify(device: Device, address: int) -> Kind | Refusal:
     if types & api.HANDLE_TYPE_FD:
         return Kind.FD
     if types & api.HANDLE_TYPE_FABRIC:
-        return Refusal("can be shared by fabric handle only, which etha does not do yet", _PLAIN_SEGMENTS)
-    return Refusal("lies in virtual memory that was made without a way to share it", _PLAIN_SEGMENTS)
+        return Refusal("can be shared by fabric handle only, which etha does not do yet", _NO_SEGMENTS)
+    return Refusal("lies in virtual memory that was made without a way to share it", _SEGMENTS_WITH_HANDLES)
 
 
 class CudaExport(Export):
