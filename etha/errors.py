@@ -137,6 +137,10 @@ class AgentRunning(AgentError, RuntimeError):
     """Another agent serves this path; ``holder`` is its pid."""
 
 
+class AgentFailed(AgentError, RuntimeError):
+    """An agent that this process started did not come to serve; the text ends with what it said on stderr."""
+
+
 class OtherUser(AgentError, ConnectionError):
     """The agent at this path belongs to another user."""
 

@@ -99,6 +99,30 @@ class Chaos:
         return json.dumps({"count": self.count, "faults": self.faults[:5], "overshoot": self.overshoot})
 
 
+class Owned:
+    """A publication of this process, which any of its threads may write.
+
+    Attributes:
+        half_written: an update of it ended half-way. A bare ``publish()`` would declare, and readers would see, those
+            bytes to be a version: no thread may do so, so whoever asks and publishes holds the lock meanwhile.
+    """
+
+    def __init__(self, publication, tensors) -> None:
+        self.publication = publication
+        self.tensors = tensors
+        self.half_written = False
+        self.lock = threading.Lock()
+
+    def publish(self):
+        with self.lock:
+            return None if self.half_written else self.publication.publish()
+
+    def begins_to_tear(self, torn: bool) -> None:
+        """Called in an update, so no ``publish()`` can be under way, and none succeeds until the update has ended."""
+        with self.lock:
+            self.half_written = torn
+
+
 class Actor:
     """One thread: an owner for a while, then a reader for a while, and so on until the end."""
 
@@ -106,7 +130,6 @@ class Actor:
         self.chaos = chaos
         self.chance = random.Random(seed)
         self.end = end
-        self.half_written = False
 
     def run(self) -> None:
         try:
@@ -128,17 +151,16 @@ class Actor:
         )
         if publication is None:
             return
-        entry = (publication, tensors)
+        entry = Owned(publication, tensors)
         self.chaos.owned.append(entry)
-        self.half_written = False
         for _ in range(self.chance.randint(5, 60)):
-            self.write(*entry)
+            self.write(entry)
         self.close(entry)
 
-    def write(self, publication, tensors) -> None:
-        if self.chance.random() < 0.15 and not self.half_written:
-            # After a torn update it would declare, and readers would see, half-written tensors to be a version.
-            self.chaos.call("publish", 0, publication.publish)
+    def write(self, entry: Owned) -> None:
+        publication, tensors = entry.publication, entry.tensors
+        if self.chance.random() < 0.15:
+            self.chaos.call("publish", 0, entry.publish)
             return
         timeout, revoke = self.timeout(), self.chance.random() < 0.3
         update = publication.update(timeout=timeout, on_timeout="revoke" if revoke else "raise")
@@ -146,23 +168,24 @@ class Actor:
             return
         stamp = publication.version + 1
         torn = self.chance.random() < 0.05
+        entry.begins_to_tear(torn or entry.half_written)
         for tensor in tensors.values():
             half = len(tensor) // 2
             tensor[:half] = stamp
             tensor[half:] = stamp
             if torn:
                 break
-        self.half_written = torn
+        entry.begins_to_tear(torn)
         error = ZeroDivisionError() if torn else None
         self.chaos.call("leave update", 0, lambda: update.__exit__(type(error) if error else None, error, None))
         if self.chaos.sabotage == "wild":
             for tensor in tensors.values():
                 tensor.fill_(-1)
 
-    def close(self, entry) -> None:
+    def close(self, entry: Owned) -> None:
         timeout = self.timeout()
-        self.chaos.call("close publication", timeout, lambda: entry[0].close(timeout))
-        if entry[0].closed and entry in self.chaos.owned:
+        self.chaos.call("close publication", timeout, lambda: entry.publication.close(timeout))
+        if entry.publication.closed and entry in self.chaos.owned:
             self.chaos.owned.remove(entry)
 
     def disturb(self) -> None:
@@ -172,7 +195,7 @@ class Actor:
                 entry = self.chance.choice(self.chaos.owned)
             except IndexError:
                 return  # another thread took the last
-            self.chance.choice((self.close, lambda entry: self.write(*entry), self.look))(entry)
+            self.chance.choice((self.close, self.write, self.look))(entry)
         elif self.chance.random() < 0.2:
             number, timeout = self.chance.randrange(len(self.chaos.clients)), self.timeout()
             fresh = self.chaos.connect()
@@ -184,8 +207,8 @@ class Actor:
     def leave(self, client, timeout: float) -> bool:
         return self.chaos.call("close client", timeout, lambda: client.close(timeout) or True) is not None
 
-    def look(self, entry) -> None:
-        self.chaos.call("readers", 0, entry[0].readers)
+    def look(self, entry: Owned) -> None:
+        self.chaos.call("readers", 0, entry.publication.readers)
 
     # -- readers ----------------------------------------------------------------------------------
 

@@ -97,6 +97,7 @@ class World:
             generation=publication.generation,
             exact=exact,
             minimum=minimum,
+            through=next((held.number for held in publication.imports.values() if held.client == client), 0),
         )
         self.registry.claim(claim, self.now)
         self.run()

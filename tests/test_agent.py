@@ -44,11 +44,11 @@ def test_to_stop_it_again_is_no_error(runtime: Path):
 
 def test_a_signal_that_comes_while_it_closes_leaves_no_file(runtime: Path, monkeypatch):
     agent = TensorBusAgent()
-    close, lock = agent._epoll.close, agent._lock.release
+    close, lock = agent._board.close, agent._lock.release
 
-    class Epoll:
+    class Board:
         def __getattr__(self, name: str):
-            return getattr(epoll, name)
+            return getattr(board, name)
 
         def close(self) -> None:
             agent.stop()
@@ -58,8 +58,8 @@ def test_a_signal_that_comes_while_it_closes_leaves_no_file(runtime: Path, monke
         agent.stop()
         lock(remove=remove)
 
-    epoll = agent._epoll
-    agent._epoll = Epoll()
+    board = agent._board
+    agent._board = Board()
     monkeypatch.setattr(agent._lock, "release", release)
     agent.stop()
     agent.run()

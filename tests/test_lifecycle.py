@@ -94,15 +94,19 @@ def test_the_check_sees_a_killed_agent_that_no_successor_cleared(runtime: Path, 
     assert {name.split("_")[1] for name in os.listdir(runtime)} == {"rank1"}
 
 
-def test_an_agent_that_stops_leaves_its_files_to_its_successor_while_workers_are_registered(start_agent, start_worker):
+def test_an_agent_that_stops_leaves_its_workers_to_its_successor(start_agent, start_worker):
     first = start_agent()
     worker = start_worker(setup="w = torch.ones(8).share_memory_(); p = client.register_tensors('w', {'w': w})")
     assert first.stop() == 0
     runtime = Path(os.environ["ETHA_RUNTIME_DIR"])
     assert "agent_rank0_state.lmdb" in os.listdir(runtime)
     second = start_agent()
-    worker.do("w.sum().item()")
+    worker.do("with p.update(): w.fill_(2)")
     assert second.stop() == 0
+    assert "agent_rank0_state.lmdb" in os.listdir(runtime)
+    third = start_agent()
+    worker.do("client.close()")
+    assert third.stop() == 0
     assert os.listdir(runtime) == []
 
 

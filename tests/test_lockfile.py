@@ -193,7 +193,7 @@ def test_a_damaged_text_is_refused_and_the_next_agent_starts(path: str):
     seed = random.SystemRandom().getrandbits(64)
     print(f"seed {seed}")
     source = random.Random(seed)
-    text = msgspec.json.encode(LockText(1, process.boot_id(), 1, 1, 1, 1, "cpu"))
+    text = msgspec.json.encode(LockText(1, process.boot_id(), 1, 1, SCHEMA, 1, "cpu"))
     refused = 0
     texts = [damaged(text, source) for _ in range(1_000)]
     texts += [b'{"x":' + b"[" * 4000, text.replace(b'"epoch":1,', b'"epoch":18446744073709551615,')]
@@ -217,7 +217,7 @@ def test_a_damaged_text_is_refused_and_the_next_agent_starts(path: str):
 def test_a_text_is_never_seen_half_written(path: str):
     """A short text that follows a long one is read whole, or as not yet written."""
     device = "cpu" * 1000
-    Path(path).write_bytes(msgspec.json.encode(LockText(1, process.boot_id(), 1, 1, 1, 1, device)))
+    Path(path).write_bytes(msgspec.json.encode(LockText(1, process.boot_id(), 1, 1, SCHEMA, 1, device)))
     done = threading.Event()
 
     def read() -> set[int | None]:

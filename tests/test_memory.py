@@ -64,7 +64,7 @@ def manifest(count: int) -> Manifest:
 
 def test_descriptors_promised_count_as_taken(backstage, monkeypatch):
     monkeypatch.setattr(memory, "_free_descriptors", lambda: 10)
-    held = Memory(backstage, lambda *_: None, lambda *_: None)
+    held = Memory(backstage, lambda *_: None, lambda *_: None, lambda *_: None)
     held.announce(b"a", 1, manifest(6))
     with pytest.raises(SystemLimit) as caught:
         held.announce(b"a", 2, manifest(6))

@@ -34,9 +34,9 @@ class Desk:
         self.paths = agent_paths(0)
         self.queue, self.writer = CommandQueue(self.paths, create=True), StateWriter(self.paths.state)
         self.backstage = Backstage()
-        self.service = Service(self.queue, Journal(self.writer, Registry()), Registry(), self.backstage)
-        registry = self.service.registry
-        self.journal = self.service._journal = Journal(self.writer, registry)
+        registry = Registry()
+        self.journal = Journal(self.writer, registry)
+        self.service = Service(self.queue, self.journal, registry, self.backstage)
         ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self.session = Session(ours, Peer.of(ours), 0.0)
@@ -92,9 +92,9 @@ def test_versions_beyond_63_bits_are_refused(desk, version):
     assert leaf(desk.command(commands.Publish(1, version, 0))) == "InvalidArgument"
     desk.ask(packets.Subscribe(1, "w", 1, clock.now() + 9))
     if version > 0:
-        assert leaf(desk.ask(packets.Read(2, 1, "w", None, version, 1, clock.now() + 9))) == "InvalidArgument"
-        assert leaf(desk.ask(packets.Read(3, 1, "w", version, 0, 1, clock.now() + 9))) == "InvalidArgument"
-    assert isinstance(desk.ask(packets.Read(4, 1, "w", None, 0, 1, clock.now() + 9))[0], packets.Leased)
+        assert leaf(desk.ask(packets.Read(2, 1, "w", None, version, 1, clock.now() + 9, 1))) == "InvalidArgument"
+        assert leaf(desk.ask(packets.Read(3, 1, "w", version, 0, 1, clock.now() + 9, 1))) == "InvalidArgument"
+    assert isinstance(desk.ask(packets.Read(4, 1, "w", None, 0, 1, clock.now() + 9, 1))[0], packets.Leased)
 
 
 def test_the_largest_sequence_fails_and_ends_nothing(desk):
@@ -153,7 +153,7 @@ def test_what_cannot_be_recorded_is_not_granted_until_it_can(desk, monkeypatch, 
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR), reader._env.begin() as transaction:
         transaction.get(b"a")
         patch.setattr(desk.writer, "write", full)
-        assert desk.ask(packets.Read(2, 1, "w", None, 0, 1, clock.now() + 9)) == []
+        assert desk.ask(packets.Read(2, 1, "w", None, 0, 1, clock.now() + 9, 1)) == []
         assert desk.command(commands.Publish(1, 1, 0)) == []
         assert desk.settle() == []
     assert caplog.text.count("nothing can be recorded") == 1
@@ -176,7 +176,7 @@ def test_a_mistake_in_one_effect_does_not_swallow_the_others(desk, monkeypatch, 
 
     monkeypatch.setattr(desk.service, "_reply", stumble)
     for number in (2, 3):
-        desk.service.packet(desk.session, packets.Read(number, 1, "w", None, 0, 1, clock.now() + 9), [], clock.now())
+        desk.service.packet(desk.session, packets.Read(number, 1, "w", None, 0, 1, clock.now() + 9, 1), [], clock.now())
     (said,) = desk.settle()
     assert said.number == 3
     assert "a mistake" in caplog.text

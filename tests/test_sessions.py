@@ -91,7 +91,7 @@ def test_a_worker_that_does_not_read_is_cut_before_it_takes_all_descriptors(ends
 def test_to_be_out_of_descriptors_cuts_the_connection_and_ends_nothing_else(ends, monkeypatch):
     session, _ = ends
     while not session.backlog:
-        session.send(packets.Imported(1, 1, 1))
+        session.send(packets.Imported(1, 1, 1, 1))
     before = descriptors()
 
     def none_left(*_):
@@ -121,7 +121,7 @@ def test_a_reply_that_cannot_be_sent_cuts_the_connection(ends, monkeypatch):
         raise OSError(errno.EMSGSIZE, "too long")
 
     monkeypatch.setattr(sessions.wire, "send", fail)
-    session.send(packets.Imported(1, 1, 1))
+    session.send(packets.Imported(1, 1, 1, 1))
     assert session.stuck
 
 
@@ -133,7 +133,7 @@ def test_descriptors_on_their_way_are_waited_for_beside_epoll(ends, monkeypatch)
         raise BlockingIOError(errno.ETOOMANYREFS, "too many references")
 
     monkeypatch.setattr(sessions.wire, "send", choke)
-    session.send(packets.Imported(1, 1, 1))
+    session.send(packets.Imported(1, 1, 1, 1))
     session.flush()
     assert session.choked
     monkeypatch.setattr(sessions.wire, "send", sent)

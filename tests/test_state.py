@@ -39,6 +39,7 @@ from etha.tensor_bus.state import (
 KEYS = (
     state.AGENT_KEY,
     client_key(CLIENT),
+    state.GENERATION_KEY,
     served_key(CLIENT),
     outcome_key(CLIENT, 5),
     publication_key(1),
@@ -251,7 +252,10 @@ def test_what_cannot_be_written_now_is_written_later(path: str, monkeypatch: pyt
     writer = StateWriter(path)
     reader = StateReader(path)
     journal = Journal(writer, Registry())
-    fillers = {claim_key(CLIENT, n): msgspec.structs.replace(STATE[6], name="x" * 3_000) for n in range(64)}
+    fillers = {
+        claim_key(CLIENT, n): msgspec.structs.replace(RECORDS[claim_key(CLIENT, 7)], name="x" * 3_000)
+        for n in range(64)
+    }
 
     def write_until_full() -> None:
         for key, record in fillers.items():

@@ -169,7 +169,7 @@ def fill(session: Session) -> int:
     number = 0
     while not session.backlog:
         number += 1
-        session.send(packets.MayWrite(number, 0))
+        session.send(packets.MayWrite(number, 0, 1))
     return number
 
 
@@ -182,7 +182,7 @@ def test_what_has_no_room_waits_in_order(session: Session, pair, fd):
     last = fill(session)
     before = descriptors()
     session.send(packets.Descriptors(last + 1, 0), [fd, fd])
-    session.send(packets.MayWrite(last + 2, 0))
+    session.send(packets.MayWrite(last + 2, 0, 1))
     assert session.backlog == 3
     assert descriptors() == before + 2
     assert list(numbers(pair[1])) == list(range(1, last))
@@ -200,7 +200,7 @@ def test_what_has_no_room_waits_in_order(session: Session, pair, fd):
 def test_a_worker_that_never_reads_is_stuck_at_a_bound(session: Session):
     last = fill(session)
     while not session.stuck:
-        session.send(packets.MayWrite(last, 0))
+        session.send(packets.MayWrite(last, 0, 1))
     assert session.backlog < 10_000
 
 
@@ -230,10 +230,10 @@ def test_a_worker_that_is_gone_is_no_error(session: Session, pair):
     fill(session)
     pair[1].close()
     session.flush()
-    session.send(packets.MayWrite(1, 0))
+    session.send(packets.MayWrite(1, 0, 1))
     assert session.backlog == 0
     session.hang_up()
-    session.send(packets.MayWrite(1, 0))
+    session.send(packets.MayWrite(1, 0, 1))
     session.flush()
     assert session.sock is None
     assert session.peer.alive()

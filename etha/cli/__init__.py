@@ -1,4 +1,4 @@
-"""The command ``etha``. Nothing here imports torch: ``--help`` and ``status`` answer at once."""
+"""The command ``etha``. Nothing here imports torch: ``--help``, ``status`` and ``inspect`` answer at once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import typer
 
 from etha.cli.agent import agent
 from etha.cli.demo.command import demo
+from etha.cli.inspect import inspect
 from etha.cli.status import status
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
 app.command()(agent)
 app.command()(demo)
 app.command()(status)
+app.command()(inspect)
 
 
 def main() -> None:

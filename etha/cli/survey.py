@@ -1,12 +1,15 @@
 """What the agents of this box know, from their lock files and state LMDBs alone. No agent is asked anything.
 
-So it answers while an agent is busy, stopped or dead, and says which. It changes nothing. For ``etha status``.
+So it answers while an agent is busy, stopped or dead, and says which. It changes nothing, and takes time in proportion
+to what is recorded. For ``etha status``; `lock_beside` and `condition_of` also for ``etha inspect``.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Final
+from collections import Counter
+from collections.abc import Iterable
+from typing import Final, TypeVar
 
 import lmdb
 import msgspec
@@ -26,6 +29,8 @@ from etha.tensor_bus.state import (
     VersionRecord,
     key_number,
 )
+
+R = TypeVar("R", bound=msgspec.Struct)
 
 _LATE_SECONDS: Final = 3.0
 _RANK: Final = re.compile(r"agent_rank(\d+)_state\.lmdb$")
@@ -110,7 +115,7 @@ def survey(state_path: str | None = None) -> list[AgentView]:
 def look(rank: int | None, state_path: str) -> AgentView:
     """One agent."""
     try:
-        lock = _lock(state_path)
+        lock = lock_beside(state_path)
         if lock is not None and lock.text is not None and lock.text.boot != boot_id():
             return AgentView(rank, state_path, "of another boot", "its files mean nothing any more", lock.text.pid)
         reader = StateReader(state_path)
@@ -122,7 +127,8 @@ def look(rank: int | None, state_path: str) -> AgentView:
         return AgentView(rank, state_path, "unreadable", str(error))
 
 
-def _lock(state_path: str) -> LockState | None:
+def lock_beside(state_path: str) -> LockState | None:
+    """What the lock file says that the convention puts beside a state LMDB; None where there is none."""
     if not state_path.endswith("_state.lmdb"):
         return None
     return read_lock(state_path.removesuffix("_state.lmdb") + "_command.lmdb.agent")
@@ -137,10 +143,14 @@ def _view(rank: int | None, state_path: str, lock: LockState | None, reader: Sta
     if lock is None:
         lock = read_lock(agent.command + ".agent")
     claims: list[ClaimRecord] = list(records[ClaimRecord].values())
+    versions = _by_generation(records[VersionRecord])
+    memories = _by_generation(records[MemoryRecord])
+    readers = Counter(claim.generation for claim in claims if claim.kind == "import")
+    holders = _Holders(claims)
     return AgentView(
         rank=agent.rank,
         state_path=state_path,
-        condition=_condition(agent, lock, now),
+        condition=condition_of(agent, lock, now),
         pid=agent.pid,
         epoch=agent.epoch,
         schema=agent.schema,
@@ -151,7 +161,8 @@ def _view(rank: int | None, state_path: str, lock: LockState | None, reader: Sta
             for client in records[ClientRecord].values()
         ),
         publications=tuple(
-            _publication(key_number(key), record, records, claims) for key, record in records[PublicationRecord].items()
+            _publication(generation, record, versions.get(generation), memories.get(generation), readers[generation])
+            for generation, record in _by_generation(records[PublicationRecord]).items()
         ),
         leases=tuple(
             LeaseView(claim.name, claim.kind, claim.version, _thread(claim), now - claim.since)
@@ -159,7 +170,7 @@ def _view(rank: int | None, state_path: str, lock: LockState | None, reader: Sta
             if claim.granted and claim.kind in ("lease", "update")
         ),
         waits=tuple(
-            Wait(_thread(claim), claim.kind, claim.name, _waits_for(claim, claims), now - claim.since)
+            Wait(_thread(claim), claim.kind, claim.name, holders.of(claim), now - claim.since)
             for claim in claims
             if not claim.granted
         ),
@@ -167,7 +178,8 @@ def _view(rank: int | None, state_path: str, lock: LockState | None, reader: Sta
     )
 
 
-def _condition(agent: AgentRecord, lock: LockState | None, now: float) -> str:
+def condition_of(agent: AgentRecord, lock: LockState | None, now: float) -> str:
+    """One of the conditions of `AgentView`, of an agent whose state could be read."""
     if agent.boot != boot_id():
         return "of another boot"
     if lock is None or not lock.held:
@@ -177,31 +189,39 @@ def _condition(agent: AgentRecord, lock: LockState | None, now: float) -> str:
     return "busy" if now - agent.heartbeat > _LATE_SECONDS else "serving"
 
 
+def _by_generation(records: dict[bytes, R]) -> dict[int, R]:
+    return {key_number(key): record for key, record in records.items()}
+
+
 def _publication(
     generation: int,
     record: PublicationRecord,
-    records: dict[type, dict[bytes, object]],
-    claims: list[ClaimRecord],
+    version: VersionRecord | None,
+    memory: MemoryRecord | None,
+    readers: int,
 ) -> PublicationView:
-    version = _numbered(records[VersionRecord], generation)
-    memory = _numbered(records[MemoryRecord], generation)
     kinds = {allocation.__struct_config__.tag for allocation in record.manifest.allocations}
     return PublicationView(
         name=record.name,
         generation=generation,
-        version=version.version if isinstance(version, VersionRecord) else -1,
-        phase=version.phase if isinstance(version, VersionRecord) else "unknown",
+        version=-1 if version is None else version.version,
+        phase=phase_of(version),
         tensors=len(record.manifest.names),
         nbytes=record.manifest.nbytes,
         kind=", ".join(sorted(map(str, kinds))) or "empty",
         owner=record.label,
-        readers=sum(claim.kind == "import" and claim.generation == generation for claim in claims),
-        memory=_memory(memory if isinstance(memory, MemoryRecord) else None),
+        readers=readers,
+        memory=_memory(memory),
     )
 
 
-def _numbered(records: dict[bytes, object], number: int) -> object | None:
-    return next((record for key, record in records.items() if key_number(key) == number), None)
+def phase_of(version: VersionRecord | None) -> str:
+    """Where a publication stands, in a word or two."""
+    if version is None:
+        return "unknown"
+    if version.suspended:
+        return "suspended"
+    return f"{version.phase}, recovering" if version.recovering else version.phase
 
 
 def _memory(record: MemoryRecord | None) -> str:
@@ -218,12 +238,30 @@ def _thread(claim: ClaimRecord) -> str:
     return f"{claim.label} thread {claim.thread}"
 
 
-def _waits_for(claim: ClaimRecord, claims: list[ClaimRecord]) -> tuple[str, ...]:
-    others = [other for other in claims if other is not claim and other.name == claim.name]
-    if claim.kind == "lease":
-        in_the_way = [o for o in others if o.kind == "update" and o.granted]
-        in_the_way = in_the_way or [o for o in others if o.kind in ("update", "close")]
-    else:
-        kinds = ("lease", "update") if claim.kind == "update" else ("lease", "update", "import")
-        in_the_way = [o for o in others if o.kind in kinds and o.granted]
-    return tuple(dict.fromkeys(_thread(other) for other in in_the_way))
+class _Holders:
+    """Who stands in the way of whom: listed once per name, and not sought for each that waits."""
+
+    def __init__(self, claims: list[ClaimRecord]) -> None:
+        of: dict[str, list[ClaimRecord]] = {}
+        for claim in claims:
+            of.setdefault(claim.name, []).append(claim)
+        self._reads = {name: _threads(_before_a_read(those)) for name, those in of.items()}
+        self._updates = {name: _threads(_granted(those, "lease", "update")) for name, those in of.items()}
+        self._ends = {name: _threads(_granted(those, "lease", "update", "import")) for name, those in of.items()}
+
+    def of(self, claim: ClaimRecord) -> tuple[str, ...]:
+        """Of a claim that waits; itself is never among them."""
+        table = {"lease": self._reads, "update": self._updates}.get(claim.kind, self._ends)
+        return table[claim.name]
+
+
+def _before_a_read(claims: list[ClaimRecord]) -> list[ClaimRecord]:
+    return _granted(claims, "update") or [claim for claim in claims if claim.kind in ("update", "close")]
+
+
+def _granted(claims: list[ClaimRecord], *kinds: str) -> list[ClaimRecord]:
+    return [claim for claim in claims if claim.granted and claim.kind in kinds]
+
+
+def _threads(claims: Iterable[ClaimRecord]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(map(_thread, claims)))

@@ -2,19 +2,24 @@
 
 From the bottom up; a module imports only what stands above it in this list::
 
-    ipc                                   memory of another process: records, host backend, mappings, views
-    clock, paths, records                 deadlines; where files are; how records become bytes
-    environments, lockfile                LMDB files, once per process; who serves a path
-    commands, command_queue, state        what workers ask; what the agent knows
-    packets, wire                         what crosses the connection, and how
-    claims, claim_table, waiting,         the rules: pure, no I/O
-      verdicts, access, naming, registry
-    pending, connection, reach, link      a worker's end of the connection
-    copying, lease, publication,          what a user holds
-      subscription, tracer, client,
-      bootstrap
-    premises, sessions, front_door,       the agent itself
-      memory, journal, service, agent
+    ipc                                    memory of another process: records, host backend, mappings, views
+    clock, paths, records                  deadlines; where files are; how records become bytes
+    environments, lockfile                 LMDB files, once per process; who serves a path
+    commands, command_queue, state         what workers ask; what the agent knows
+    packets, wire                          what crosses the connection, and how
+    claims, claim_table, waiting,          the rules: pure, no I/O
+      verdicts, access, naming, settling,
+      registry
+    pending, channel, bell, line,          a worker's end of the connection, from one agent to the next
+      connection, reach, finding, link
+    copying, lease, mapped, subscription,  what a user holds
+      shared, update, publication,
+      tracer, client, bootstrap, local
+    examination, premises, sessions,       the agent itself
+      switchboard, front_door, memory,
+      chronicle, journal, claimants,
+      orders, requests, service,
+      recovery, reception, agent
 """
 
 from etha.tensor_bus.bootstrap import BootstrapInfo as BootstrapInfo
@@ -22,6 +27,8 @@ from etha.tensor_bus.bootstrap import bootstrap_client as bootstrap_client
 from etha.tensor_bus.bootstrap import setup_ptrace as setup_ptrace
 from etha.tensor_bus.client import TensorBusClient as TensorBusClient
 from etha.tensor_bus.lease import Lease as Lease
+from etha.tensor_bus.local import LocalAgent as LocalAgent
+from etha.tensor_bus.local import local_agent as local_agent
 from etha.tensor_bus.publication import Publication as Publication
 from etha.tensor_bus.publication import Reader as Reader
 from etha.tensor_bus.subscription import Subscription as Subscription

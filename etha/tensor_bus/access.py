@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from etha.tensor_bus import verdicts
 from etha.tensor_bus.claim_table import ClaimTable
-from etha.tensor_bus.claims import Closing, Lease, Phase, Publication, Registration, Update
+from etha.tensor_bus.claims import Closing, Lease, Phase, Publication, Rebinding, Registration, Suspending, Update
 
 
 def owned(publications: Mapping[int, Publication], table: ClaimTable, client: bytes, generation: int) -> Publication:
@@ -28,10 +28,10 @@ def subscribed(publications: Mapping[int, Publication], claim: Lease) -> Publica
     """The publication that the claim would read, live or dead.
 
     Raises:
-        StaleHandle: its client has no import of it.
+        StaleHandle: its client has no such import of it.
     """
     publication = publications.get(claim.generation)
-    if publication is None or all(held.client != claim.client for held in publication.imports.values()):
+    if publication is None or (claim.client, claim.through) not in publication.imports:
         raise verdicts.unsubscribed(claim.name)
     return publication
 
@@ -43,6 +43,21 @@ def concerned(
     if isinstance(claim, Lease):
         return subscribed(publications, claim)
     return owned(publications, table, claim.client, claim.generation)
+
+
+def written_by(
+    publications: Mapping[int, Publication], table: ClaimTable, claim: Rebinding | Suspending
+) -> Publication:
+    """The publication that the claim would move, within the update that it names.
+
+    Raises:
+        StaleHandle, NotOwner: see `owned`.
+        InvalidArgument: that update is not the one that writes, or it is being moved already.
+    """
+    publication = owned(publications, table, claim.client, claim.generation)
+    if publication.update is None or publication.update.number != claim.update or publication.moving is not None:
+        raise verdicts.not_writing(publication.name)
+    return publication
 
 
 def made_by(publications: Mapping[int, Publication], client: bytes, number: int) -> Publication | None:

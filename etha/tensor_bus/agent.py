@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import select
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -23,19 +22,20 @@ import msgspec
 
 from etha.errors import EthaError, InvalidArgument, InvalidRecord, SystemLimit
 from etha.tensor_bus import clock, packets, wire
-from etha.tensor_bus.command_queue import CLIENT_ID_BYTES, CommandQueue
-from etha.tensor_bus.front_door import FrontDoor, mismatch
-from etha.tensor_bus.ipc.leftovers import remove_leftovers
+from etha.tensor_bus.command_queue import CommandQueue
+from etha.tensor_bus.front_door import FrontDoor
 from etha.tensor_bus.journal import Journal
 from etha.tensor_bus.lockfile import AgentLock
 from etha.tensor_bus.memory import Backstage, raise_descriptor_limit
 from etha.tensor_bus.paths import agent_paths
 from etha.tensor_bus.premises import Premises
-from etha.tensor_bus.records import Failure
+from etha.tensor_bus.reception import Reception
+from etha.tensor_bus.recovery import Recovered, recover
 from etha.tensor_bus.registry import Registry
 from etha.tensor_bus.service import Service
 from etha.tensor_bus.sessions import Session
-from etha.tensor_bus.state import AGENT_KEY, AgentRecord, StateWriter
+from etha.tensor_bus.state import AGENT_KEY, AgentRecord, StateReader, StateWriter
+from etha.tensor_bus.switchboard import Switchboard
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class TensorBusAgent:
         lmdb_command_queue_path: str | None = None,
         agent_state_lmdb_path: str | None = None,
     ) -> None:
-        """Take the path, and clear away what a dead agent left there.
+        """Take the path, and what an agent before left there: its workers where any live, else nothing.
 
         Args:
             rank: of this agent, >= 0.
@@ -71,6 +71,7 @@ class TensorBusAgent:
 
         Raises:
             AgentRunning: another agent serves this path, or has this state; ``holder`` names it.
+            VersionMismatch: an agent of another record schema has left workers there. Nothing was touched.
             UnsafePath: a file or directory that others could have planted, or that is no agent's. It is untouched.
             InvalidArgument: the device is not one that this build serves, or two files would be one.
             SystemLimit: the files cannot be made.
@@ -87,32 +88,52 @@ class TensorBusAgent:
         self._premises = Premises(self.paths)
         with ExitStack() as undo:
             self._lock = AgentLock(self.paths.lock, rank, device)
-            undo.callback(self._lock.release, remove=True)
-            self._premises.clear()
-            undo.callback(self._premises.leave, remove=True)
+            undo.callback(self._give_up_lock)
+            inherits = self._premises.take_over(self._lock.previous)
+            undo.callback(self._premises.leave, remove=not inherits)
             self._queue = CommandQueue(self.paths, create=True)
             undo.callback(self._queue.close)
             self._premises.hold(self.paths.command)
             self._writer = StateWriter(self.paths.state)
             undo.callback(self._writer.close)
             self._premises.hold(self.paths.state)
-            self._door = FrontDoor(self.paths.socket)
+            self._started = clock.now()
+            self._registry = Registry()
+            self._journal = Journal(self._writer, self._registry)
+            self._backstage = Backstage()
+            undo.callback(self._backstage.close)
+            self._service = Service(self._queue, self._journal, self._registry, self._backstage)
+            self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            undo.callback(os.close, self._stop)
+            self._stopping = False
+            self._board = Switchboard()
+            undo.callback(self._board.close)
+            self._next_heartbeat = self._next_look = self._started
+            self._accepting = True
+            self._reception = Reception(
+                self.paths.command, self._lock.text, self._board, self._service, self._queue, self._backstage
+            )
+            if inherits:
+                self._reception.adopt(self._recover(), self._started)
+            self._door = FrontDoor(self.paths.socket)  # last: who comes in meets all that the predecessor knew
             undo.pop_all()
-        self._started = clock.now()
-        self._backstage = Backstage()
-        registry = Registry()
-        self._journal = Journal(self._writer, registry)
-        self._service = Service(self._queue, self._journal, registry, self._backstage)
-        self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._stopping = False
-        self._epoll = select.epoll()
-        self._strangers: dict[int, Session] = {}
-        self._by_socket: dict[int, Session] = {}
-        self._by_pidfd: dict[int, Session] = {}
-        self._next_heartbeat = self._next_look = self._started
-        self._accepting = True
         for fd in (self._door.fileno(), self._backstage.fileno(), self._stop):
-            self._epoll.register(fd, select.EPOLLIN)
+            self._board.watch(fd)
+
+    def _give_up_lock(self) -> None:
+        """Give the path up again. Where a predecessor's lock file stood, one stays: its workers may live."""
+        self._lock.release(remove=self._lock.previous is None)
+
+    def _recover(self) -> Recovered:
+        """What the predecessor recorded, and that there is a successor, before any worker can ask."""
+        reader = StateReader(self.paths.state)
+        try:
+            found = recover(reader.everything(), self._registry, self._journal, self._started)
+        finally:
+            reader.close()
+        self._journal.put(AGENT_KEY, self._record(self._started, {}))
+        self._journal.commit(self._started)
+        return found
 
     def run(self, ready: Callable[[], None] = lambda: None) -> None:
         """Serve until `stop`; ``ready`` is called once workers can connect.
@@ -138,12 +159,12 @@ class TensorBusAgent:
         service = self._service
         # Judged behind this turn's events: whatever was sent before them has been taken in then.
         beginners = service.registry.table.take_beginners()
-        events = self._epoll.poll(0 if beginners else self._patience())
+        events = self._board.wait(0 if beginners else self._patience())
         now = clock.now()
         service.turn(now)
         for fd, _ in events:
-            if fd in self._by_pidfd:
-                self._guarded(self._by_pidfd[fd], self._died, now)
+            if fd in self._board.by_pidfd:
+                self._reception.guarded(self._board.by_pidfd[fd], self._reception.died, now)
         for fd, mask in events:
             if fd == self._door.fileno():
                 self._admit(now)
@@ -151,8 +172,8 @@ class TensorBusAgent:
                 self._backstage.results()
             elif fd == self._stop:
                 self._stopping = True
-            elif fd in self._by_socket:
-                self._guarded(self._by_socket[fd], partial(self._talk, mask), now)
+            elif fd in self._board.by_socket:
+                self._reception.guarded(self._board.by_socket[fd], partial(self._talk, mask), now)
         if now >= self._next_look:
             self._look(now)
         if now >= self._next_heartbeat:
@@ -175,29 +196,17 @@ class TensorBusAgent:
         except SystemLimit as error:
             logger.warning("%s; trying again in a second", error)
             self._accepting = False
-            self._epoll.unregister(self._door)
+            self._board.unwatch(self._door.fileno())
             return
         for session in sessions:
-            if session.sock is None:
-                continue
-            if len(self._strangers) >= _MAX_STRANGERS:
-                self._cut(next(iter(self._strangers.values())), now)
-            self._strangers[session.sock.fileno()] = session
-            self._by_socket[session.sock.fileno()] = session
-            self._epoll.register(session.sock, select.EPOLLIN)
-
-    def _guarded(self, session: Session, handle: Callable[[Session, float], None], now: float) -> None:
-        try:
-            handle(session, now)
-        except Exception:  # whatever it is: a mistake of ours about one worker must not end everyone's service
-            self._service.counters["mistakes"] += 1
-            logger.exception("%s met a mistake of etha's; its connection is cut", session.peer.label)
-            session.failed = True
+            if len(self._board.strangers) >= _MAX_STRANGERS:
+                self._reception.cut(next(iter(self._board.strangers.values())), now)
+            self._board.admit(session)
 
     def _talk(self, mask: int, session: Session, now: float) -> None:
         if mask & select.EPOLLOUT:
             session.flush()
-            self._arm(session)
+            self._board.arm(session)
         for _ in range(_PACKETS_PER_TURN):
             if session.sock is None:
                 return
@@ -211,18 +220,18 @@ class TensorBusAgent:
                 self._service.descriptors_lost(session, error)
                 continue
             except OSError:
-                self._cut(session, now)
+                self._reception.cut(session, now)
                 return
             if not data:
                 wire.close_all(fds)
-                self._cut(session, now)
+                self._reception.cut(session, now)
                 return
             try:
                 self._take(session, data, fds, now)
             except EthaError as error:
                 self._service.counters["refused packets"] += 1
                 logger.warning("%s sent what makes no sense: %s", session.peer.label, error)
-                self._cut(session, now)
+                self._reception.cut(session, now)
                 return
 
     def _take(self, session: Session, data: bytes, fds: list[int], now: float) -> None:
@@ -238,120 +247,50 @@ class TensorBusAgent:
             self._service.packet(session, packet, fds, now)
             return
         wire.close_all(fds)
-        self._welcome(session, packet, now) if isinstance(packet, packets.Hello) else self._left(session, now)
-
-    def _welcome(self, session: Session, hello: packets.Hello, now: float) -> None:
-        text = self._lock.text
-        error = mismatch(hello, text, self.paths.command)
-        if error is not None:
-            session.send(packets.Refused(0, Failure.of(error)))
-            self._cut(session, now)
-            return
-        if session.sock is not None:
-            self._strangers.pop(session.sock.fileno(), None)
-        session.client = secrets.token_bytes(CLIENT_ID_BYTES)
-        self._by_pidfd[session.peer.fileno()] = session
-        self._epoll.register(session.peer.fileno(), select.EPOLLIN)
-        self._service.joined(session, now)
-        session.send(packets.Welcome(session.client, text.epoch))
-
-    # -- ends -------------------------------------------------------------------------------------
-
-    def _cut(self, session: Session, now: float) -> None:
-        """The connection is over. What the worker holds stays until it dies; if it holds nothing, it has left."""
-        if session.client and not session.peer.alive():
-            self._died(session, now)
-        elif session.client and not self._service.holds(session, now):
-            self._left(session, now)
-        else:
-            self._leave_socket(session)
-            session.hang_up()
-            if session.client:
-                self._service.orphaned(session, now)
-            else:
-                session.close()
-
-    def _left(self, session: Session, now: float) -> None:
-        self._part(session)
-        self._service.left(session, now)
-        self._clear_after(session)
-        session.close()
-
-    def _died(self, session: Session, now: float) -> None:
-        self._part(session)
-        self._service.died(session, now)
-        self._clear_after(session)
-        pid, uid, started = session.peer.pid, session.peer.uid, session.peer.started
-        self._backstage.chore(lambda: remove_leftovers(pid, uid, started), self._removed)
-        session.close()
-
-    def _part(self, session: Session) -> None:
-        self._leave_socket(session)
-        self._by_pidfd.pop(session.peer.fileno(), None)
-        self._epoll.unregister(session.peer.fileno())
-
-    def _leave_socket(self, session: Session) -> None:
-        if session.sock is not None:
-            fd = session.sock.fileno()
-            self._strangers.pop(fd, None)
-            if self._by_socket.pop(fd, None) is not None:
-                self._epoll.unregister(fd)
-
-    def _clear_after(self, session: Session) -> None:
-        client, queue = session.client, self._queue
-        self._backstage.chore(lambda: queue.delete_client(client, clock.now() + HEARTBEAT_SECONDS), self._cleared)
-
-    def _cleared(self, result: object) -> None:
-        if isinstance(result, int):
-            self._service.counters["commands deleted"] += result
-
-    def _removed(self, result: object) -> None:
-        if isinstance(result, list) and result:
-            self._service.counters["files removed"] += len(result)
-            logger.info("removed what a dead worker left: %s", ", ".join(map(str, result)))
+        self._reception.welcome(session, packet, now) if isinstance(packet, packets.Hello) else self._reception.left(
+            session, now
+        )
 
     def _watch_backlogs(self, now: float) -> None:
-        for session in list(self._by_socket.values()):
+        for session in list(self._board.by_socket.values()):
             if session.stuck:
                 if not session.failed:
                     logger.warning("%s does not read; its connection is cut", session.peer.label)
-                self._guarded(session, self._cut, now)
+                self._reception.guarded(session, self._reception.cut, now)
             elif session.backlog:
                 if session.choked:
                     self._next_look = min(self._next_look, now + _CHOKED_SECONDS)
-                self._arm(session)
-
-    def _arm(self, session: Session) -> None:
-        if session.sock is not None and session.sock.fileno() in self._by_socket:
-            mask = select.EPOLLIN | (select.EPOLLOUT if session.backlog and not session.choked else 0)
-            self._epoll.modify(session.sock, mask)
+                self._board.arm(session)
 
     # -- the heartbeat ----------------------------------------------------------------------------
 
     def _heartbeat(self, now: float) -> None:
         self._next_heartbeat = now + HEARTBEAT_SECONDS
         for session in self._service.sessions():
-            self._guarded(session, self._service.serve, now)
-        for session in [s for s in self._strangers.values() if now - s.since > _GREETING_SECONDS]:
-            self._cut(session, now)
+            self._reception.guarded(session, self._service.serve, now)
+            if session.leaving:
+                self._reception.guarded(session, self._reception.left, now)
+        for session in [s for s in self._board.strangers.values() if now - s.since > _GREETING_SECONDS]:
+            self._reception.cut(session, now)
         if not self._accepting:
             self._accepting = True
-            self._epoll.register(self._door, select.EPOLLIN)
-        self._backstage.chore(self._sweep, self._cleared)
-        self._journal.put(
-            AGENT_KEY,
-            AgentRecord(
-                **msgspec.structs.asdict(self._lock.text),
-                command=self.paths.command,
-                started=self._started,
-                heartbeat=now,
-                counters={**self._service.counters, "refused connections": self._door.refused},
-            ),
+            self._board.watch(self._door.fileno())
+        self._backstage.chore(self._sweep, self._reception.cleared)
+        counters = {**self._service.counters, "refused connections": self._door.refused}
+        self._journal.put(AGENT_KEY, self._record(now, counters))
+
+    def _record(self, now: float, counters: dict[str, int]) -> AgentRecord:
+        return AgentRecord(
+            **msgspec.structs.asdict(self._lock.text),
+            command=self.paths.command,
+            started=self._started,
+            heartbeat=now,
+            counters=counters,
         )
 
     def _look(self, now: float) -> None:
         self._next_look = now + _LOOK_SECONDS
-        for session in self._by_socket.values():
+        for session in self._board.by_socket.values():
             if session.choked:
                 session.flush()
         if not self._lock.still_ours():
@@ -382,12 +321,10 @@ class TensorBusAgent:
 
     def _leave(self) -> None:
         workers = bool(self._service.clients)
-        for session in [*self._by_socket.values(), *self._by_pidfd.values()]:
-            session.close()
+        self._board.close()
         if self._backstage.close():  # else a thread may be inside them: they end with the process
             self._queue.close()
             self._writer.close()
-        self._epoll.close()
         if self._lock.still_ours():
             self._premises.leave(remove=not workers)
         self._premises.close()

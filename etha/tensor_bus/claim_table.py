@@ -12,7 +12,7 @@ import itertools
 from typing import Final, NamedTuple
 
 from etha.errors import EthaError
-from etha.tensor_bus.claims import Actor, Claim, ClaimId, Client, Import
+from etha.tensor_bus.claims import Actor, Claim, ClaimId, Client, Import, Lease
 
 
 class Granted(NamedTuple):
@@ -40,13 +40,25 @@ class CloseMemory(NamedTuple):
     generation: int
 
 
+class MoveMemory(NamedTuple):
+    """Open what a rebinding names instead of what is open, then call `Registry.rebound` or `Registry.rebind_failed`."""
+
+    generation: int
+
+
+class AskUnmap(NamedTuple):
+    """Tell the reader to unmap the publication's memory and ask again; its claim is over."""
+
+    claim: Lease
+
+
 class Ring(NamedTuple):
     """Something that this subscriber may want to look at has happened."""
 
     claim: Import
 
 
-Effect = Granted | Failed | OpenMemory | CloseMemory | Ring
+Effect = Granted | Failed | OpenMemory | MoveMemory | CloseMemory | AskUnmap | Ring
 
 
 class Dirty(NamedTuple):

@@ -90,12 +90,13 @@ class ImpossibleTransition(Exception):
 
 @dataclass(slots=True, eq=False)
 class Client:
-    """A worker's client: a connection, and the process behind it."""
+    """A worker's client: a connection, and the process behind it; ``started`` is when, in clock ticks since boot."""
 
     id: bytes
     pid: int
     label: str
     since: float
+    started: int = 0
     connected: bool = True
     claims: set[ClaimId] = field(default_factory=set)
     publications: set[int] = field(default_factory=set)
@@ -140,11 +141,14 @@ class Claim:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Lease(Claim):
-    """A read of one version: ``exact``, or the newest that is at least ``minimum``.
+    """A read of one version: ``exact``, or the newest that is at least ``minimum``; by the import ``through``.
 
+    ``patient``: its reader knows that the memory is wanted back, and waits for its own views to be dropped.
     From the grant on: ``version``, and the publication's ``writes`` and ``guarded`` at that moment.
     """
 
+    through: int = 0
+    patient: bool = False
     exact: int | None = None
     minimum: int = 0
     version: int | None = None
@@ -164,7 +168,9 @@ class Update(Claim):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Import(Claim):
-    """The right to have a publication's memory mapped, and with it a subscription."""
+    """A subscription, and the right to have one layout of the publication's memory mapped; ``layout`` 0: none."""
+
+    layout: int = 0
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -177,8 +183,23 @@ class Registration(Claim):
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
+class Rebinding(Claim):
+    """Within the owner's update of number ``update``: its tensors lie elsewhere now."""
+
+    update: int
+    manifest: Manifest
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Suspending(Claim):
+    """Within the owner's update of number ``update``: its wish to have the memory back for a while."""
+
+    update: int
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
 class Closing(Claim):
-    """An owner's wish to have its memory back."""
+    """An owner's wish to have its memory back for good."""
 
 
 @dataclass(slots=True, eq=False)
@@ -193,7 +214,12 @@ class Publication:
         writes: how many updates have begun.
         guarded: False when ``version`` was published without excluding readers.
         memory_open: the agent has, or is opening, mappings of its own.
+        memory_closing: it has been told to close them.
+        layout, sequence: of the manifest: its number, and the command that brought it.
+        recovering: its owner lives, and this agent, which is new, has not opened its memory yet.
+        suspended: no one has its memory mapped, and it is its owner's for now.
         registration: not answered yet: its memory is being opened.
+        moving: not answered yet: a rebinding or a suspending, in the update that writes.
         update: the granted one.
         queue: leases, updates and closings that wait, in order of arrival.
         leases, imports: the granted ones.
@@ -213,7 +239,13 @@ class Publication:
     writes: int = 0
     guarded: bool = True
     memory_open: bool = True
+    memory_closing: bool = False
+    layout: int = 1
+    sequence: int = 0
+    recovering: bool = False
+    suspended: bool = False
     registration: Registration | None = None
+    moving: Rebinding | Suspending | None = None
     update: Update | None = None
     queue: list[Claim] = field(default_factory=list)
     leases: dict[ClaimId, Lease] = field(default_factory=dict)
@@ -228,17 +260,39 @@ class Publication:
     @property
     def open(self) -> bool:
         """True while it may be subscribed to."""
-        return self.phase in (*RESTING, Phase.WRITING)
+        return self.phase in (*RESTING, Phase.WRITING) and not (self.recovering or self.suspended)
+
+    @property
+    def brought_by(self) -> ClaimId:
+        """The claim of the command that brought its manifest."""
+        return (self.owner, command_number(self.sequence))
+
+    @property
+    def mapped(self) -> list[Import]:
+        """The imports whose holders have its memory mapped, of whichever layout."""
+        return [claim for claim in self.imports.values() if claim.layout]
+
+    @property
+    def oldest_layout(self) -> int:
+        """The oldest layout that a reader may have mapped."""
+        return min((claim.layout for claim in self.mapped), default=self.layout)
+
+    @property
+    def given_back(self) -> bool:
+        """True once it has ended and nobody has any memory of it, the agent included."""
+        return not (self.live or self.memory_open or self.mapped or self.leases)
 
     @property
     def over(self) -> bool:
-        """True once it has ended and nobody holds anything of it, the agent included."""
-        return not (self.live or self.memory_open or self.imports or self.leases)
+        """True once nobody knows of it any more either."""
+        return self.given_back and not self.imports
 
     @property
     def wanted(self) -> bool:
-        """True while an update or a closing waits."""
-        return self.phase is Phase.CLOSING or any(isinstance(claim, Update | Closing) for claim in self.queue)
+        """True while an update, a closing or a suspending waits."""
+        if self.phase is Phase.CLOSING or isinstance(self.moving, Suspending):
+            return True
+        return any(isinstance(claim, Update | Closing) for claim in self.queue)
 
     def wanted_changed(self) -> bool:
         """Whether `wanted` is not what it was at the last call."""
@@ -278,6 +332,8 @@ class Publication:
             self.queue.remove(claim)
         if isinstance(claim, Closing) and claim in self.closings:
             self.closings.remove(claim)
+        if claim is self.moving:
+            self.moving = None
         self.leases.pop(claim.id, None)
         self.imports.pop(claim.id, None)
 

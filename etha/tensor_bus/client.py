@@ -12,12 +12,13 @@ from etha.errors import AgentGone, ClientClosed, InvalidArgument
 from etha.tensor_bus import clock, tracer
 from etha.tensor_bus.commands import Register
 from etha.tensor_bus.connection import Connection
+from etha.tensor_bus.finding import device_name, find_agent
 from etha.tensor_bus.ipc.backend import backend_for
 from etha.tensor_bus.link import Link, Ticket
-from etha.tensor_bus.packets import FDS_PER_PACKET, Descriptors
 from etha.tensor_bus.paths import agent_paths
 from etha.tensor_bus.publication import Publication
 from etha.tensor_bus.reach import reach
+from etha.tensor_bus.shared import Shared
 from etha.tensor_bus.subscription import Subscription
 
 if TYPE_CHECKING:
@@ -73,8 +74,38 @@ class TensorBusClient:
         self._lock = threading.Lock()
         self._closed = False
         self._link.reap()
+        me = weakref.ref(self)  # which the connection must not keep alive
+        connection.on_return = lambda pid: None if (client := me()) is None else client._agent_followed(pid)
         self.tracer_slot: tracer.Slot | None = None
         """Set by `bootstrap_client`: the agent may trace this process until the client is closed."""
+
+    def _agent_followed(self, pid: int) -> None:
+        """A successor of the agent has welcomed this client; it may trace this process, if its predecessor could."""
+        self.agent_pid = pid
+        if self.tracer_slot is not None:
+            self.tracer_slot = tracer.hand_on(self.tracer_slot, pid)
+
+    @classmethod
+    def for_device(cls, device: str | torch.device, connection_timeout: float = 30.0) -> TensorBusClient:
+        """Connect to the agent that serves a device, for launchers without ranks.
+
+        It is sought among the agents of the path convention, by their lock files. If several serve the device, the one
+        of the lowest rank is taken.
+
+        Args:
+            device: ``"cpu"``, or a `torch.device`.
+            connection_timeout: seconds to wait for such an agent, and to connect; else as above.
+
+        Raises:
+            NoAgent: none serves it; ``resource`` is the device, and the text says which agents there are.
+            InvalidArgument: no device.
+            AgentStopped, AgentGone, UnsafePath: as above.
+        """
+        name, deadline = device_name(device), clock.deadline_after(connection_timeout)
+        rank, paths = find_agent(name, deadline)
+        client = cls(rank, paths.command, paths.state, clock.remaining(deadline))
+        client._link.patience = max(connection_timeout, 1.0)  # not what the search has left of it
+        return client
 
     @property
     def connection(self) -> Connection:
@@ -113,25 +144,27 @@ class TensorBusClient:
                 f"version={version!r} is no version.", resource="version", remedy="Versions are >= 0."
             )
         deadline = clock.deadline_after(timeout)
-        export = backend_for(self.device).export(tensors)
+        exporter = backend_for(self.device).export
+        export = exporter(tensors)
         link, ticket = self._link, Ticket()
         record = Register(name, export.manifest, version, replace, threading.get_native_id(), deadline)
         publication: Publication | None = None
         try:
             link.command(ticket, record, deadline, answered=True)
-            for first in range(0, len(export.fds), FDS_PER_PACKET):
-                fds = [fd.fileno() for fd in export.fds[first : first + FDS_PER_PACKET]]
-                link.connection.send(Descriptors(ticket.sequence, first), deadline + clock.grace(timeout), fds)
+            link.exports[ticket.sequence] = export
+            link.send_descriptors(ticket.sequence, export.fds, deadline + clock.grace(timeout))
             generation = link.outcome(ticket, deadline, timeout).generation
             link.settle(ticket)
             export.close_fds()
-            publication = Publication(link, name, generation, export, version)
+            shared = Shared(name, exporter, link.exports, export, ticket.sequence)
+            publication = Publication(link, name, generation, shared, version)
             with self._lock:
                 self._publications = [known for known in self._publications if not known.closed]
                 self._publications.append(publication)
             return publication
         except BaseException as error:
             export.close_fds()
+            link.exports.pop(ticket.sequence, None)
             if publication is not None:
                 publication._forget()
             link.give_up(ticket, error, export)

@@ -61,6 +61,58 @@ class Abandon(msgspec.Struct, frozen=True, array_like=True, tag="abandon"):
     update: int
 
 
+class Rebind(msgspec.Struct, frozen=True, array_like=True, tag="rebind"):
+    """The tensors lie elsewhere now. Answered; only inside an update, so no reader looks.
+
+    Descriptors follow on the connection, those of allocations that the manifest before had too left out.
+
+    Attributes:
+        generation: the publication.
+        update: number of the update that holds it.
+        manifest: what is shared from now on.
+        thread: native id of the calling thread.
+        deadline: ``CLOCK_BOOTTIME`` seconds; after it the tensors are still where they were.
+    """
+
+    generation: int
+    update: int
+    manifest: Manifest
+    thread: int
+    deadline: float
+
+
+class Suspend(msgspec.Struct, frozen=True, array_like=True, tag="suspend"):
+    """Close every mapping, the readers' and the agent's; answered when none is left. Only inside an update.
+
+    The publication stays as it is, and so do its subscriptions. A `Rebind` gives it memory again.
+
+    Attributes:
+        generation: the publication.
+        update: number of the update that holds it.
+        thread: native id of the calling thread.
+        deadline: ``CLOCK_BOOTTIME`` seconds; after it the publication has its memory still.
+    """
+
+    generation: int
+    update: int
+    thread: int
+    deadline: float
+
+
+class Release(msgspec.Struct, frozen=True, array_like=True, tag="release"):
+    """A claim is over, and there was no agent to be told so on the connection. Not answered.
+
+    Attributes:
+        number: of the claim.
+    """
+
+    number: int
+
+
+class Leave(msgspec.Struct, frozen=True, array_like=True, tag="leave"):
+    """The client holds nothing any more, and leaves; there was no agent to be told so. Not answered."""
+
+
 class Close(msgspec.Struct, frozen=True, array_like=True, tag="close"):
     """End a publication once no lease and no mapping of it is left. Answered.
 
@@ -85,6 +137,9 @@ class Cancel(msgspec.Struct, frozen=True, array_like=True, tag="cancel"):
     sequence: int
 
 
-Command = Register | Publish | Abandon | Close | Cancel
+Command = Register | Publish | Abandon | Rebind | Suspend | Release | Leave | Close | Cancel
+
+ANSWERED: Final = (Register, Rebind, Suspend, Close, Cancel)
+"""Commands whose caller waits for the outcome. One that has none on record may be served again by a successor."""
 
 CODEC: Final[Codec[Command]] = Codec(Command)

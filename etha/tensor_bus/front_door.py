@@ -12,7 +12,7 @@ import os
 import socket
 from typing import Final
 
-from etha.errors import EthaError, OtherNamespace, SystemLimit, VersionMismatch
+from etha.errors import EthaError, OtherNamespace, StaleHandle, SystemLimit, VersionMismatch
 from etha.tensor_bus import packets, wire
 from etha.tensor_bus.ipc.peer import Peer
 from etha.tensor_bus.lockfile import LockText
@@ -91,6 +91,7 @@ class FrontDoor:
             peer = Peer.of(sock)
         except (EthaError, OSError) as error:
             if isinstance(error, OtherNamespace):
+                logger.info("refused a connection: %s", error.message)
                 _say_why(sock, error)
             self.refused += 1
             sock.close()
@@ -119,6 +120,24 @@ def mismatch(hello: packets.Hello, agent: LockText, path: str) -> EthaError | No
             remedy="Share the PID namespace (docker run --pid), or run an agent inside.",
         )
     return None
+
+
+def same_process(known: Session, stranger: Session) -> bool:
+    """Whether the process that has connected is the one that the session is watching, by the kernel's word.
+
+    While the one that is watched lives, its pid cannot be another's.
+    """
+    return known.peer.pid == stranger.peer.pid and known.peer.alive()
+
+
+def unknown_client(path: str, label: str) -> StaleHandle:
+    """A worker wants to go on as a client that is not known here, or is another process's."""
+    return StaleHandle(
+        f"the agent at {path} knows no such client of {label}: what its predecessor knew is lost.",
+        resource=path,
+        holder=label,
+        remedy="Make a new client, and register and subscribe again.",
+    )
 
 
 def _say_why(sock: socket.socket, error: EthaError) -> None:

@@ -7,19 +7,33 @@ see.
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 import msgspec
 
 from etha.errors import QueueFull, SystemLimit
-from etha.tensor_bus.claims import Claim, ClaimId, Closing, Import, Lease, Publication, Registration, Update
+from etha.tensor_bus.chronicle import Chronicle
+from etha.tensor_bus.claims import (
+    Claim,
+    ClaimId,
+    Closing,
+    Import,
+    Lease,
+    Publication,
+    Rebinding,
+    Registration,
+    Suspending,
+    Update,
+)
 from etha.tensor_bus.records import MAX_RECORD_BYTES
 from etha.tensor_bus.registry import Registry
 from etha.tensor_bus.state import (
+    GENERATION_KEY,
     MAP_SIZE,
     ClaimRecord,
     ClientRecord,
+    GenerationRecord,
     OutcomeRecord,
     PublicationRecord,
     ServedRecord,
@@ -51,6 +65,8 @@ _KINDS: Final[dict[type[Claim], str]] = {
     Update: "update",
     Import: "import",
     Registration: "register",
+    Rebinding: "rebind",
+    Suspending: "suspend",
     Closing: "close",
 }
 
@@ -62,11 +78,13 @@ class Journal:
         self._writer = writer
         self._registry = registry
         self._changes: dict[bytes, msgspec.Struct | None] = {}
-        self._recorded: dict[int, ClaimId] = {}
+        self._recorded: dict[int, tuple[ClaimId, int]] = {}
+        self._newest = 0
         self._reserved: dict[ClaimId, int] = {}
         self._reserved_bytes = 0
         self._halted = False
-        self._outcomes: dict[bytes, deque[int]] = {}
+        self._outcomes: dict[bytes, dict[int, OutcomeRecord]] = {}
+        self._chronicle = Chronicle()
 
     def served(self, client: bytes, sequence: int) -> None:
         """The client's commands up to ``sequence`` have had their effect."""
@@ -74,11 +92,44 @@ class Journal:
 
     def outcome(self, client: bytes, sequence: int, record: OutcomeRecord) -> None:
         """What became of a command."""
-        kept = self._outcomes.setdefault(client, deque())
-        kept.append(sequence)
+        kept = self._outcomes.setdefault(client, {})
+        kept[sequence] = record
         if len(kept) > _OUTCOMES_KEPT:
-            self._changes[outcome_key(client, kept.popleft())] = None
+            oldest = next(iter(kept))
+            del kept[oldest]
+            self._changes[outcome_key(client, oldest)] = None
         self._changes[outcome_key(client, sequence)] = record
+
+    def outcomes(self, client: bytes) -> Mapping[int, OutcomeRecord]:
+        """Sequence to outcome of the client's commands, as far as they are kept, the oldest first."""
+        return self._outcomes.get(client, {})
+
+    def inherit(
+        self,
+        records: Mapping[bytes, msgspec.Struct],
+        outcomes: dict[bytes, dict[int, OutcomeRecord]],
+        manifests: Iterable[tuple[Publication, int]],
+        newest: int,
+    ) -> None:
+        """Go on where a predecessor has ended: what it recorded stands in the state already.
+
+        Args:
+            records: all of it.
+            outcomes: client to sequence to outcome, each in order.
+            manifests: publications that are recorded, each with the bytes of its record.
+            newest: the newest generation.
+        """
+        self._chronicle.inherit(records.items())
+        self._outcomes = outcomes
+        self._newest = newest
+        for publication, size in manifests:
+            self._recorded[publication.generation] = (publication.brought_by, publication.layout)
+            self._reserved[publication.brought_by] = size
+            self._reserved_bytes += size
+
+    def forget(self, key: bytes) -> None:
+        """Delete a record."""
+        self._changes[key] = None
 
     def put(self, key: bytes, record: msgspec.Struct) -> None:
         """Any other record."""
@@ -117,7 +168,8 @@ class Journal:
             self._collect(now)
         if self._changes:
             self._writer.write(self._changes)
-            self._changes = {}
+            changes, self._changes = self._changes, {}
+            self._chronicle.committed(changes)
 
     def record(self, now: float) -> bool:
         """`commit`, and say in the log that it fails, or that it does no more; whether it did not fail."""
@@ -130,7 +182,7 @@ class Journal:
             self._halted = True
             return False
         if self._halted:
-            logger.error("it can be recorded again")
+            logger.warning("it can be recorded again")
         self._halted = False
         return True
 
@@ -142,7 +194,7 @@ class Journal:
             self._changes[claim_key(*claim_id)] = None if claim is None else _claim_record(claim)
         for generation in dirty.publications:
             self._collect_publication(generation, now)
-        recorded = self._recorded.values()
+        recorded = {made_by for made_by, _ in self._recorded.values()}
         for claim_id in dirty.claims & self._reserved.keys():
             if claim_id not in table.claims and claim_id not in recorded:
                 self._free(claim_id)
@@ -152,26 +204,40 @@ class Journal:
                 self.forget_client(client_id)
             else:
                 self._changes[client_key(client_id)] = ClientRecord(
-                    client.pid, client.label, client.connected, client.since
+                    client.pid, client.label, client.started, client.connected, client.since
                 )
 
     def _collect_publication(self, generation: int, now: float) -> None:
         publication = self._registry.publications.get(generation)
         if publication is None:
-            made_by = self._recorded.pop(generation, None)
-            if made_by is not None:
-                self._free(made_by)
+            forgotten = self._recorded.pop(generation, None)
+            if forgotten is not None:
+                self._free(forgotten[0])
             for key in (publication_key(generation), version_key(generation), memory_key(generation)):
                 self._changes[key] = None
             return
-        if generation not in self._recorded:
+        known = self._recorded.get(generation)
+        if known is None or known[1] != publication.layout:
             owner = self._registry.table.clients.get(publication.owner)
             if owner is None:
                 return  # it came and went within one turn: nobody was told of it
-            self._recorded[generation] = (publication.owner, publication.number)
+            if known is not None:
+                self._free(known[0])
+            self._recorded[generation] = (publication.brought_by, publication.layout)
             self._changes[publication_key(generation)] = PublicationRecord(
-                publication.name, owner.id, owner.pid, owner.label, publication.manifest, publication.since
+                name=publication.name,
+                owner=owner.id,
+                pid=owner.pid,
+                label=owner.label,
+                manifest=publication.manifest,
+                since=publication.since,
+                number=publication.number,
+                sequence=publication.sequence,
+                layout=publication.layout,
             )
+            if generation > self._newest:
+                self._newest = generation
+                self._changes[GENERATION_KEY] = GenerationRecord(generation)
         self._changes[version_key(generation)] = _version_record(publication, now)
 
     def _free(self, claim: ClaimId) -> None:
@@ -191,6 +257,9 @@ def _claim_record(claim: Claim) -> ClaimRecord:
         thread=claim.actor[1],
         label=claim.label,
         since=claim.since,
+        writes=claim.writes if isinstance(claim, Lease) else 0,
+        guarded=claim.guarded if isinstance(claim, Lease) else True,
+        layout=claim.layout if isinstance(claim, Import) else 0,
     )
 
 
@@ -202,4 +271,7 @@ def _version_record(publication: Publication, now: float) -> VersionRecord:
         guarded=publication.guarded,
         wanted=publication.wanted or not publication.live,
         since=now,
+        rest=publication.rest.value,
+        recovering=publication.recovering,
+        suspended=publication.suspended,
     )

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from etha.errors import LeaseReleased, OwnerDiedError, TornError
-from etha.tensor_bus import packets
+from etha.tensor_bus import clock, packets
 from etha.tensor_bus.claims import Phase
 from etha.tensor_bus.copying import copy_tensors
 from etha.tensor_bus.link import Link
@@ -94,10 +94,12 @@ class Lease(Mapping[str, "torch.Tensor"]):
 
         Raises:
             TornError: a write began since the lease was granted: it was revoked, or its owner died writing.
-            OwnerDiedError, AgentGone: the publication, or the agent, is gone, and whether it was whole cannot be told.
+            OwnerDiedError: the publication is gone, and whether it was whole cannot be told.
+            AgentGone: so is the agent, and none has followed within the client's ``connection_timeout``.
             LeaseReleased: the lease is over.
         """
         self._require_held()
+        self._link.connection.ensure_agent(clock.now() + self._link.patience)
         record = self._link.state.version(self._generation)
         if record is None:
             raise OwnerDiedError(
@@ -110,7 +112,6 @@ class Lease(Mapping[str, "torch.Tensor"]):
                 resource=self.name,
                 remedy="Discard what was read, and read again.",
             )
-        self._link.connection.require_agent_alive()
 
     def copy_into(
         self,
@@ -137,7 +138,11 @@ class Lease(Mapping[str, "torch.Tensor"]):
     def release(self) -> None:
         """Give the version back. A second time does nothing."""
         if self._held:
-            self._give_back()
+            self._link.release(
+                self._number
+            )  # before it is forgotten here: an interrupt in between lets it be told again
+            self._held = False
+            self._tensors = {}
 
     def __enter__(self) -> Lease:
         self._require_held()
@@ -150,7 +155,7 @@ class Lease(Mapping[str, "torch.Tensor"]):
 
     def __del__(self) -> None:
         if self._held and self._link.connection.usable:
-            self.release()
+            self._give_back()
             warnings.warn(
                 f'a lease on version {self.version} of "{self.name}" was collected, not released',
                 ResourceWarning,

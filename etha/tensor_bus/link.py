@@ -7,15 +7,18 @@ waiting, for whatever reason, undoes what was asked for: `Release` follows a req
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import threading
+import weakref
 from collections import deque
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from etha.errors import AgentTimeout, EthaError, InvalidArgument
+from etha.errors import AgentGone, AgentTimeout, EthaError, InvalidArgument
 from etha.tensor_bus import clock, packets
 from etha.tensor_bus.command_queue import CommandQueue, take
-from etha.tensor_bus.commands import Cancel, Command
+from etha.tensor_bus.commands import Cancel, Command, Leave, Release
 from etha.tensor_bus.connection import Connection
 from etha.tensor_bus.ipc.mapping import TABLE, ImportedMemory
 from etha.tensor_bus.paths import AgentPaths
@@ -23,6 +26,12 @@ from etha.tensor_bus.pending import Pending
 from etha.tensor_bus.records import encode
 from etha.tensor_bus.state import StateReader
 from etha.tensor_bus.wire import Mail
+
+if TYPE_CHECKING:
+    from etha.tensor_bus.ipc.descriptors import SharedFd
+    from etha.tensor_bus.ipc.export import Export
+
+logger = logging.getLogger(__name__)
 
 _CANCEL_SECONDS: Final = 0.05
 """How long a caller that gives up waits to say so. Then it is said at its client's next call."""
@@ -43,11 +52,20 @@ class Ticket:
         self.pending: Pending | None = None
 
 
+class _Ended(NamedTuple):
+    """An import, or only its memory, that is over, and what the agent hears once no tensor of it is left."""
+
+    number: int
+    memory: ImportedMemory | None
+    packet: packets.Release | packets.Unmapped
+
+
 class Link:
     """One client's way to its agent. Safe across threads.
 
     Attributes:
         patience: seconds that a call without a timeout of its own waits for the queue.
+        exports: sequence of the command that brought it to what this client shares.
     """
 
     _made = False
@@ -64,12 +82,15 @@ class Link:
         self._numbers = itertools.count(1)
         self._sequences = itertools.count(1)
         self._order = threading.Lock()
-        self._committed: set[int] = set()
+        self._committed = connection.commands
         self._served = 0
         self._owed: dict[int, Any] = {}
         self._pinned: dict[int, Any] = {}
-        self._closing: dict[int, ImportedMemory] = {}
-        self._dropped: deque[tuple[int, ImportedMemory]] = deque()
+        self._closing: dict[int, _Ended] = {}
+        self._dropped: deque[_Ended] = deque()
+        self.exports: dict[int, Export] = {}
+        me = weakref.ref(self)  # which the connection must not keep alive
+        connection.on_wanted = lambda sequence: (link := me()) is None or link._send_again(sequence)
         self._finishing = threading.Lock()
         self._made = True
 
@@ -89,8 +110,10 @@ class Link:
         """
         connection = self.connection
         deadline = packet.deadline + clock.grace(timeout)
-        pending = connection.expect(number)
+        pending = Pending(number, encode(packet))
         try:
+            connection.claims.add(number)
+            connection.expect(pending)
             connection.send(packet, deadline)
             reply = connection.wait(pending, deadline)
             if isinstance(reply, packets.Refused):
@@ -101,6 +124,16 @@ class Link:
             raise
         finally:
             connection.forget(pending)
+
+    def release(self, number: int) -> None:
+        """Give a claim back. While there is no agent, its successor finds that in the queue: it would hold on to the
+        claim until this process calls again, and who waits for it with it."""
+        self.connection.tell(packets.Release(number))
+        if self.connection.lost and self.connection.usable:
+            try:
+                self.command(Ticket(), Release(number), clock.now() + _CANCEL_SECONDS, answered=False)
+            except EthaError:
+                return  # a neighbour stands still with the queue in hand: the successor hears it at the next call
 
     # -- commands ---------------------------------------------------------------------------------
 
@@ -130,8 +163,9 @@ class Link:
                 )
             sequence = ticket.sequence = next(self._sequences)
             if answered:
-                ticket.pending = self.connection.expect(-sequence)
-            done = {old for old in self._committed if old <= self._served}
+                ticket.pending = Pending(-sequence)
+                self.connection.expect(ticket.pending)
+            done = {old for old in self._committed if old <= self._served and not self.connection.awaits(old)}
             if voids:
                 done.add(voids)
             self._committed.add(sequence)
@@ -160,7 +194,7 @@ class Link:
 
     def give_up(self, ticket: Ticket, error: BaseException, pin: Any) -> None:
         """The caller of a command gets ``error``. Unless that is the agent's own answer, the command is undone."""
-        if isinstance(error, EthaError) and not isinstance(error, TimeoutError):
+        if isinstance(error, EthaError) and not isinstance(error, TimeoutError | AgentGone):
             self.settle(ticket)
         else:
             self.undo(ticket, pin)
@@ -186,7 +220,8 @@ class Link:
         for sequence, pin in list(self._owed.items()):
             cancel = Ticket()
             try:
-                self.command(cancel, Cancel(sequence), deadline, answered=True)
+                # Instead of the command, so that no successor of the agent serves that again.
+                self.command(cancel, Cancel(sequence), deadline, answered=True, voids=sequence)
             except EthaError:
                 self.settle(cancel)  # somebody stands still with the queue in hand: at the next call, then
                 return
@@ -197,14 +232,21 @@ class Link:
         """The agent has served every command up to ``sequence``; they are deleted with the next put."""
         self._served = max(self._served, sequence)
 
-    # -- imports ----------------------------------------------------------------------------------
+    # -- memory -----------------------------------------------------------------------------------
 
-    def import_dropped(self, number: int, memory: ImportedMemory) -> None:
-        """Note that an import is over. `reap` closes it, and tells the agent as soon as no tensor of it is left.
+    def import_over(self, number: int, memory: ImportedMemory | None, *, subscribed: bool = False) -> None:
+        """Note that an import is over, or that only its memory is. `reap` closes that, and tells the agent as soon as
+        no tensor of it is left.
 
         May be called by a finaliser.
+
+        Args:
+            number: of the import.
+            memory: what was mapped; None if that was noted before, or there was nothing.
+            subscribed: the subscription itself goes on.
         """
-        self._dropped.append((number, memory))
+        packet = packets.Unmapped(number) if subscribed else packets.Release(number)
+        self._dropped.append(_Ended(number, memory, packet))
 
     def reap(self) -> None:
         """Settle what is over: unmap what nobody views, tell the agent, let go of pins. Every call of etha does so."""
@@ -220,19 +262,59 @@ class Link:
                 _lingering.discard(link)
                 link._finish()
 
+    def still_mapped(self, number: int) -> bool:
+        """Whether tensors of an import that is over are still kept."""
+        return number in self._closing
+
     def _tell_closed(self) -> None:
-        for number, memory in list(self._dropped):
-            self._closing[number] = memory
-            memory.close()
+        for ended in list(self._dropped):
+            before = self._closing.get(ended.number)
+            memory = ended.memory if ended.memory is not None or before is None else before.memory
+            self._closing[ended.number] = ended._replace(memory=memory)
+            if memory is not None:
+                memory.close()
             try:
-                self._dropped.remove((number, memory))
+                self._dropped.remove(ended)
             except ValueError:
                 continue  # another thread did the same
         TABLE.reap()
-        for number, memory in list(self._closing.items()):
-            if not memory.live:
-                self.connection.tell(packets.Release(number))
+        for number, (_, memory, packet) in list(self._closing.items()):
+            if memory is None or not memory.live:
+                self.connection.tell(packet)
                 self._closing.pop(number, None)
+
+    def _send_again(self, sequence: int) -> bool:
+        """An agent has no descriptors of what this client shares; whether it got them, or nothing can be done."""
+        export = self.exports.get(sequence)
+        if export is None:
+            return True
+        try:
+            fds = export.reopen()
+        except EthaError as error:
+            logger.warning("an agent that has restarted cannot be given memory again: %s", error)
+            return True
+        try:
+            self.send_descriptors(sequence, fds, 0.0)
+        except EthaError:
+            return False  # no room: at the next call
+        finally:
+            for fd in fds:
+                fd.close()
+        return True
+
+    def send_descriptors(self, sequence: int, fds: Sequence[SharedFd | None], deadline: float) -> None:
+        """Send an export's descriptors, those that are None left out.
+
+        Raises:
+            EthaError: see `Connection.send`.
+        """
+        first = 0
+        while first < len(fds):
+            some = list(itertools.takewhile(lambda fd: fd is not None, fds[first : first + packets.FDS_PER_PACKET]))
+            if some:
+                numbers = [fd.fileno() for fd in some if fd is not None]
+                self.connection.send(packets.Descriptors(sequence, first), deadline, numbers)
+            first += max(len(some), 1)
 
     # -- the end ----------------------------------------------------------------------------------
 
@@ -257,7 +339,9 @@ class Link:
             return  # done, or another thread is about it
         self.connection.close()
         try:
-            if self._committed:
+            if self.connection.lost:
+                self._leave_word()
+            elif self._committed:
                 self.queue.delete(self.connection.client, sorted(self._committed), clock.now() + 1.0)
         except EthaError:
             pass  # a neighbour stands still with the queue in hand: the agent's helper deletes them
@@ -266,6 +350,10 @@ class Link:
             self._pinned.clear()
             self.queue.close()
             self.state.close()
+
+    def _leave_word(self) -> None:
+        """There is no agent to say goodbye to: its successor finds it in the queue, behind what else stands there."""
+        self.queue.put(self.connection.client, next(self._sequences), encode(Leave()), clock.now() + 1.0)
 
     def _release_pins(self) -> None:
         for sequence, (pending, _) in list(self._pinned.items()):

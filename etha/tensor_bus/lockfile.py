@@ -18,7 +18,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-from etha.errors import AgentRunning, InvalidRecord, UnsafePath
+from etha.errors import AgentRunning, InvalidRecord, UnsafePath, VersionMismatch
 from etha.tensor_bus import clock
 from etha.tensor_bus.ipc import process
 from etha.tensor_bus.paths import cannot_open, require_private
@@ -111,6 +111,7 @@ class AgentLock:
 
         Raises:
             AgentRunning: another agent serves here; ``holder`` is its pid.
+            VersionMismatch: an agent of another schema has left its workers here. Nothing was touched.
             UnsafePath: the path is not ours alone.
             SystemLimit: no room on the disk.
         """
@@ -150,6 +151,15 @@ class AgentLock:
         os.close(fd)
 
 
+def another_schema(path: str, schema: int) -> VersionMismatch:
+    """What an agent of another schema left at this path cannot be read."""
+    return VersionMismatch(
+        f"{path} was left by an agent of record schema {schema}; this etha speaks {SCHEMA}.",
+        resource=path,
+        remedy=f"Run that version, or end its workers and remove what lies beside it: rm {path}*",
+    )
+
+
 def _try_flock(fd: int, kind: int) -> bool:
     try:
         fcntl.flock(fd, kind | fcntl.LOCK_NB)
@@ -178,6 +188,9 @@ def _acquire(path: str) -> tuple[int, LockText | None]:
         held = _try_flock(fd, fcntl.LOCK_EX)
         if held and _is_at(fd, path):
             previous = _previous(fd)
+            if previous is not None and previous.schema != SCHEMA and previous.boot == process.boot_id():
+                os.close(fd)
+                raise another_schema(path.removesuffix(".agent"), previous.schema)
             os.ftruncate(fd, 0)  # at once: while it is held, the old text would be taken for the new holder's
             return fd, previous
         text = None if held else _previous(fd)

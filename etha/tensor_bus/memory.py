@@ -9,6 +9,7 @@ The agent maps what it holds and never touches the bytes: an owner that shrinks 
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import resource
@@ -21,8 +22,10 @@ from typing import Any, Final
 
 from etha.errors import EthaError, InvalidRecord, SystemLimit
 from etha.tensor_bus import wire
+from etha.tensor_bus.ipc.fetching import fetch_descriptors
 from etha.tensor_bus.ipc.manifest import Manifest
 from etha.tensor_bus.ipc.mapping import TABLE, Mapping
+from etha.tensor_bus.ipc.peer import Peer
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +114,7 @@ class Held:
         fds: by allocation; -1 while it has not arrived.
         mappings: once opened.
         opening: all has arrived.
+        moves: the generation whose memory this is to become, once a rebinding waits for it.
     """
 
     manifest: Manifest
@@ -119,6 +123,7 @@ class Held:
     fds: list[int]
     mappings: list[Mapping] = field(default_factory=list)
     opening: bool = False
+    moves: int = 0
 
     @property
     def missing(self) -> int:
@@ -126,11 +131,15 @@ class Held:
         return 0 if self.opening else self.fds.count(-1)
 
     def take(self, first: int, fds: list[int]) -> bool:
-        """Put descriptors in their place; False where that is none of theirs."""
+        """Put descriptors in their place, and close those that are there already; False where that is no place."""
         places = range(first, first + len(fds))
-        if not fds or first < 0 or places.stop > len(self.fds) or any(self.fds[place] >= 0 for place in places):
+        if not fds or first < 0 or places.stop > len(self.fds):
             return False
-        self.fds[first : places.stop] = fds
+        for place, fd in zip(places, fds, strict=True):
+            if self.fds[place] < 0 and not self.opening:
+                self.fds[place] = fd
+            else:  # sent twice: by a worker that came back, or fetched meanwhile
+                os.close(fd)
         return True
 
 
@@ -141,10 +150,12 @@ class Memory:
         self,
         backstage: Backstage,
         opened: Callable[[int, EthaError | None], None],
+        moved: Callable[[int, EthaError | None], None],
         closed: Callable[[int], None],
     ) -> None:
         self._backstage = backstage
         self._opened = opened
+        self._moved = moved
         self._closed = closed
         self._held: dict[int, Held] = {}
         self._announced: dict[tuple[bytes, int], Held] = {}
@@ -161,10 +172,31 @@ class Memory:
             raise _too_many(len(fds), free)
         self._announced[client, sequence] = Held(manifest, client, sequence, fds)
 
+    def announce_move(self, client: bytes, sequence: int, manifest: Manifest, generation: int) -> None:
+        """A rebinding has come: the descriptors of what stays where it was are at hand already.
+
+        Raises:
+            SystemLimit: see `announce`.
+        """
+        self.announce(client, sequence, manifest)
+        moving, here = self._announced[client, sequence], self._held.get(generation)
+        known = {} if here is None else dict(zip(here.manifest.allocations, here.fds, strict=False))
+        try:
+            for place, allocation in enumerate(manifest.allocations):
+                if known.get(allocation, -1) >= 0:
+                    moving.fds[place] = fcntl.fcntl(known[allocation], fcntl.F_DUPFD_CLOEXEC, 0)
+        except OSError as error:
+            self.retract(client, sequence)
+            raise _too_many(len(manifest.allocations), 0) from error
+
     def retract(self, client: bytes, sequence: int | None = None) -> None:
         """A registration, or every one of a client, is over before it began."""
         for key in [key for key in self._announced if key[0] == client and sequence in (None, key[1])]:
-            _close(self._announced.pop(key))
+            held = self._announced.pop(key)
+            if held.opening:
+                self._backstage.open_or_close(partial(_close, held), lambda _: None)
+            else:
+                _close(held)
 
     def expect(self, generation: int, client: bytes, sequence: int, manifest: Manifest) -> None:
         """A registration has its name: open its memory as soon as all descriptors are there."""
@@ -174,6 +206,46 @@ class Memory:
             return
         self._held[generation] = held
         self._open_if_complete(generation, held)
+
+    def move(self, generation: int, client: bytes, sequence: int) -> None:
+        """A rebinding is granted as soon as all of its descriptors are there and its memory is open."""
+        held = self._announced.get((client, sequence))
+        if held is not None:
+            held.moves = generation
+            self._open_if_complete(generation, held)
+
+    def replace(self, generation: int, client: bytes, sequence: int) -> None:
+        """A rebinding is done: what was open before is not needed here any more."""
+        before = self._held.get(generation)
+        self._held[generation] = self._announced.pop((client, sequence))
+        if before is not None:
+            self._backstage.open_or_close(partial(_close, before), lambda _: None)
+
+    def recover(self, generation: int, client: bytes, sequence: int, manifest: Manifest, peer: Peer) -> None:
+        """A predecessor held this: take the descriptors from the owner if the kernel lets us; else it sends them."""
+        self._held[generation] = held = Held(manifest, client, sequence, [-1] * len(manifest.allocations))
+        if not held.fds:
+            self._open_if_complete(generation, held)
+            return
+        self._backstage.chore(
+            lambda: fetch_descriptors(peer, manifest), lambda found: self._fetched(generation, held, found)
+        )
+
+    def _fetched(self, generation: int, held: Held, found: object) -> None:
+        if not isinstance(found, list):
+            return  # its owner has died, or will send them
+        for place, fd in enumerate(found):
+            if fd >= 0:
+                held.take(place, [fd])
+        if self._held.get(generation) is not held:
+            _close(held)
+        else:
+            self._open_if_complete(generation, held)
+
+    def wanting(self, client: bytes) -> list[int]:
+        """Sequences of a client's commands whose descriptors have not all arrived."""
+        every = (*self._announced.values(), *self._held.values())
+        return [held.sequence for held in every if held.client == client and held.missing]
 
     def arrived(self, client: bytes, sequence: int, first: int, fds: list[int]) -> None:
         """Descriptors of a registration; those of one that has failed meanwhile are closed.
@@ -188,7 +260,7 @@ class Memory:
         if not held.take(first, fds):
             wire.close_all(fds)
             raise InvalidRecord("descriptors came that have no place in their registration.", resource="Descriptors")
-        if generation is not None:
+        if generation:
             self._open_if_complete(generation, held)
 
     def lost(self, client: bytes, reason: EthaError) -> None:
@@ -201,6 +273,9 @@ class Memory:
         for generation, held in list(self._held.items()):
             if held.client == client and not held.opening:
                 self._opened(generation, error)
+        for held in list(self._announced.values()):
+            if held.client == client and held.moves and not held.opening:
+                self._moved(held.moves, error)
 
     def fds(self, generation: int) -> list[int]:
         """The descriptors of an opened publication, by allocation; they stay the agent's."""
@@ -213,16 +288,17 @@ class Memory:
 
     def _awaiting(self, client: bytes, sequence: int) -> tuple[int | None, Held | None]:
         for generation, held in self._held.items():
-            if (held.client, held.sequence) == (client, sequence) and not held.opening:
+            if (held.client, held.sequence) == (client, sequence):
                 return generation, held
-        return None, self._announced.get((client, sequence))
+        waiting = self._announced.get((client, sequence))
+        return (0 if waiting is None else waiting.moves), waiting
 
     def _open_if_complete(self, generation: int, held: Held) -> None:
-        if all(fd >= 0 for fd in held.fds):
-            held.opening = True
-            self._backstage.open_or_close(
-                partial(_open, held), lambda error: self._opened(generation, error if error else None)
-            )
+        if held.opening or any(fd < 0 for fd in held.fds):
+            return
+        held.opening = True
+        tell = self._moved if held.moves else self._opened
+        self._backstage.open_or_close(partial(_open, held), lambda error: tell(generation, error if error else None))
 
 
 def _open(held: Held) -> None:

@@ -4,8 +4,9 @@ From a worker: who it is, rings for commands, requests for claims, and their end
 bearing the number of the request or the sequence of the command. Descriptors ride on `Descriptors` packets
 (``SCM_RIGHTS``), at most `FDS_PER_PACKET` each.
 
-Nothing here is sent by the agent unasked: what a worker wants to learn in passing (is my lease wanted, did a write
-begin) it reads in the state LMDB, and what it wants to be woken for it gets by a `Bell`, a pipe of its own.
+Two things are sent by the agent unasked: the `Outcome` of a command that failed and nobody waited for, and `Wanted`.
+What else a worker wants to learn in passing (is my lease wanted, did a write begin) it reads in the state LMDB, and
+what it wants to be woken for it gets by a `Bell`, a pipe of its own.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
         schema: record schema that it speaks.
         boot: boot id.
         namespace: inode of its PID namespace.
+        client: the client id that it has from an earlier connection, of this agent or of one before; else empty.
     """
 
     schema: int
     boot: str
     namespace: int
+    client: bytes = b""
 
 
 class RingForCommands(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -50,6 +53,8 @@ class Read(msgspec.Struct, frozen=True, array_like=True, tag=3):
         minimum: the oldest version that will do.
         thread: native id of the calling thread.
         deadline: ``CLOCK_BOOTTIME`` seconds.
+        through: number of the import that it reads through.
+        patient: it has heard `Unmap`, and waits for its views to be dropped: let it wait.
     """
 
     number: int
@@ -59,6 +64,8 @@ class Read(msgspec.Struct, frozen=True, array_like=True, tag=3):
     minimum: int
     thread: int
     deadline: float
+    through: int
+    patient: bool = False
 
 
 class Write(msgspec.Struct, frozen=True, array_like=True, tag=4):
@@ -122,12 +129,36 @@ class Descriptors(msgspec.Struct, frozen=True, array_like=True, tag=8):
     """Carries allocations' descriptors, in the manifest's order; in both directions.
 
     Attributes:
-        number: sequence of the `Register` command, or number of the import.
+        number: sequence of the `Register` or `Rebind` command, or number of the import.
         first: index of the first allocation in this packet.
     """
 
     number: int
     first: int
+
+
+class Reassert(msgspec.Struct, frozen=True, array_like=True, tag=10):
+    """What a client that comes back holds or waits for. What else it held is over: the word of it was lost.
+
+    Attributes:
+        claims: numbers of its requests.
+        commands: sequences of its commands that it has not heard of.
+        more: another packet of this kind follows.
+    """
+
+    claims: tuple[int, ...]
+    commands: tuple[int, ...]
+    more: bool
+
+
+class Unmapped(msgspec.Struct, frozen=True, array_like=True, tag=11):
+    """An import's memory is closed, and no tensor of it is left; the import itself goes on.
+
+    Attributes:
+        number: of the import.
+    """
+
+    number: int
 
 
 class Goodbye(msgspec.Struct, frozen=True, array_like=True, tag=9):
@@ -138,12 +169,14 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=32):
     """The agent's answer to `Hello`.
 
     Attributes:
-        client: the client id, 16 bytes, that the agent gives.
+        client: the client id, 16 bytes, that the agent gives, or has given.
         epoch: the agent's.
+        served: the client's last served command.
     """
 
     client: bytes
     epoch: int
+    served: int = 0
 
 
 class Leased(msgspec.Struct, frozen=True, array_like=True, tag=33):
@@ -154,12 +187,14 @@ class Leased(msgspec.Struct, frozen=True, array_like=True, tag=33):
         version: what it is a lease on.
         writes: updates begun until now: a larger number later means that the lease is torn.
         guarded: False when the version was published without excluding readers.
+        layout: which manifest it is read by; a reader that has another one mapped subscribes again.
     """
 
     number: int
     version: int
     writes: int
     guarded: bool
+    layout: int
 
 
 class MayWrite(msgspec.Struct, frozen=True, array_like=True, tag=34):
@@ -168,10 +203,12 @@ class MayWrite(msgspec.Struct, frozen=True, array_like=True, tag=34):
     Attributes:
         number: of the claim.
         served: the client's last served command.
+        oldest: the oldest layout that a reader may still have mapped; what came before it may be let go.
     """
 
     number: int
     served: int
+    oldest: int
 
 
 class Imported(msgspec.Struct, frozen=True, array_like=True, tag=35):
@@ -181,11 +218,13 @@ class Imported(msgspec.Struct, frozen=True, array_like=True, tag=35):
         number: of the claim.
         generation: the publication.
         version: its newest version.
+        layout: of the manifest that the descriptors are of.
     """
 
     number: int
     generation: int
     version: int
+    layout: int
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag=36):
@@ -198,6 +237,26 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag=36):
 
     number: int
     failure: Failure
+
+
+class Unmap(msgspec.Struct, frozen=True, array_like=True, tag=38):
+    """A `Read` will be looked at again: its owner wants the memory back. Unmap it, say `Unmapped`, and ask again.
+
+    Attributes:
+        number: of the request, which is over.
+    """
+
+    number: int
+
+
+class Wanted(msgspec.Struct, frozen=True, array_like=True, tag=39):
+    """The agent has no descriptors for a manifest of this client: send them again.
+
+    Attributes:
+        sequence: of the command that brought it.
+    """
+
+    sequence: int
 
 
 class Outcome(msgspec.Struct, frozen=True, array_like=True, tag=37):
@@ -216,8 +275,10 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, tag=37):
     served: int
 
 
-FromWorker = Hello | RingForCommands | Read | Write | Subscribe | Release | Bell | Descriptors | Goodbye
-FromAgent = Welcome | Leased | MayWrite | Imported | Refused | Outcome | Descriptors
+FromWorker = (
+    Hello | Reassert | RingForCommands | Read | Write | Subscribe | Release | Unmapped | Bell | Descriptors | Goodbye
+)
+FromAgent = Welcome | Leased | MayWrite | Imported | Refused | Unmap | Wanted | Outcome | Descriptors
 
 FROM_WORKER: Final[Codec[FromWorker]] = Codec(FromWorker, MAX_PACKET_BYTES)
 FROM_AGENT: Final[Codec[FromAgent]] = Codec(FromAgent, MAX_PACKET_BYTES)

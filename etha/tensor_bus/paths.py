@@ -31,6 +31,7 @@ _SUN_PATH_MAX: Final = 107
 """Bytes of a Unix socket's path without its final NUL; unix(7)."""
 
 _CONVENTION: Final = re.compile(r"agent_rank(\d+)_state\.lmdb")
+_LOCKS: Final = re.compile(r"agent_rank(\d+)_command\.lmdb\.agent")
 
 
 class AgentPaths(NamedTuple):
@@ -114,6 +115,16 @@ def agents_by_convention() -> list[tuple[int, str]]:
         if match:
             found.append((int(match[1]), str(entry)))
     return sorted(found)
+
+
+def locks_by_convention() -> list[int]:
+    """The ranks, ascending, of every lock file that the path convention finds: of the living, and of some dead."""
+    directory = runtime_directory()
+    try:
+        names = os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(int(match[1]) for match in map(_LOCKS.fullmatch, names) if match)
 
 
 def require_private(path: str) -> os.stat_result | None:

@@ -12,14 +12,16 @@ class Pending:
 
     Attributes:
         key: the request's number, or the command's sequence negated.
+        asked: the request's packet, to be sent again to a successor of the agent; empty for a command.
         mail: the reply's packets, and with them its descriptors.
         lost: descriptors could not be taken.
     """
 
-    __slots__ = ("_reply", "key", "lost", "mail", "waiting", "wake")
+    __slots__ = ("_reply", "asked", "key", "lost", "mail", "waiting", "wake")
 
-    def __init__(self, key: int) -> None:
+    def __init__(self, key: int, asked: bytes = b"") -> None:
         self.key = key
+        self.asked = asked
         self.mail = wire.Mail()
         self.lost = False
         self.waiting = False

@@ -1,4 +1,8 @@
-"""The files of an agent, as it finds them and as it leaves them: what it may delete, and whose they are.
+"""The files of an agent, as it finds and as it leaves them: what it may take over, what delete, and whose they are.
+
+What a dead agent of this boot left for its workers is taken over, after a child has read all of it (`examination`). If
+that finds damage, the files are set aside, under their names and ``.damaged``, and the agent starts from nothing. What
+is left of another boot is deleted unopened.
 
 A path comes from a command line, so anything may stand there. Deleted is only what etha or LMDB made, by its kind and
 its first bytes, and only if no live agent holds it: besides the lock of its command path, each agent holds ``flock`` on
@@ -19,7 +23,11 @@ from contextlib import ExitStack
 from typing import Final
 
 from etha.errors import AgentRunning, EthaError, InvalidArgument, UnsafePath
+from etha.tensor_bus.examination import examine
+from etha.tensor_bus.ipc.process import boot_id
+from etha.tensor_bus.lockfile import LockText, another_schema
 from etha.tensor_bus.paths import AgentPaths, cannot_open, require_private, require_trusted_directory
+from etha.tensor_bus.records import SCHEMA
 from etha.tensor_bus.state import StateReader
 
 logger = logging.getLogger(__name__)
@@ -29,6 +37,7 @@ _LMDB_MAGIC: Final = struct.pack("=I", 0xBEEFC0DE)
 """``MDB_MAGIC`` of lmdb's mdb.c: behind the 16 bytes of the first page's header, and first in the lock file."""
 
 _PAGE_HEADER: Final = 16
+_DAMAGED: Final = ".damaged"
 
 
 class Premises:
@@ -55,6 +64,51 @@ class Premises:
         for path in paths.removable:
             require_private(path)
 
+    def take_over(self, previous: LockText | None) -> bool:
+        """Keep what an earlier agent left for workers that may live; delete what means nothing any more.
+
+        Args:
+            previous: what the lock file said before; None if it said nothing.
+
+        Returns:
+            Whether its LMDB files are there to be opened. The state and the queue are held then.
+
+        Raises:
+            AgentRunning: another agent holds the state; ``holder`` names it.
+            VersionMismatch: it spoke another record schema. Nothing was touched.
+            UnsafePath: a file that is none of an agent's. Nothing was deleted.
+        """
+        databases = (self._paths.command, self._paths.state)
+        here = all(require_private(path) is not None for path in databases)
+        if not here or (previous is not None and previous.boot != boot_id()):
+            self.clear()
+            return False
+        for path in self._paths.removable:
+            if require_private(path) is not None:
+                self._require_ours(path)
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            for path in databases:
+                self.hold(path)
+            finding = examine(self._paths)
+            if finding.damage is None and finding.boot == boot_id():
+                if finding.schema != SCHEMA:
+                    raise another_schema(self._paths.command, finding.schema)
+                if finding.clients:
+                    if os.path.lexists(self._paths.socket):
+                        os.unlink(self._paths.socket)
+                    undo.pop_all()
+                    return True
+        if finding.damage is not None:
+            self._set_aside(finding.damage)
+        self.clear()
+        return False
+
+    def _set_aside(self, damage: str) -> None:
+        for path in (self._paths.command, self._paths.state):
+            os.rename(path, path + _DAMAGED)
+            logger.error("%s is damaged (%s); it is now %s", path, damage, path + _DAMAGED)
+
     def clear(self) -> None:
         """Delete what an agent that is dead or of another boot left; LMDB does not open it.
 
@@ -70,15 +124,17 @@ class Premises:
             for path in found:
                 self._require_ours(path)
             for path in found:
-                logger.info("removing %s, left by an earlier agent", path)
+                logger.debug("removing %s", path)
                 os.unlink(path)
 
     def hold(self, path: str) -> None:
-        """An LMDB file has been made: hold it for as long as this agent lives.
+        """An LMDB file is there: hold it for as long as this agent lives. A second time does nothing.
 
         Raises:
             AgentRunning: another agent was faster.
         """
+        if path in self._held:
+            return
         self._held[path] = _take(path)
 
     def leave(self, *, remove: bool) -> None:

@@ -1,8 +1,9 @@
 """The owner's side: tensors under a name, version after version.
 
-A `Publication` pins what it shares: the storages stay allocated and in place until every importer, the agent
+A `Publication` pins what it shares (`shared`): the storages stay allocated and in place until every importer, the agent
 included, has closed its mapping. That pin is a reference, which a ``param.data = ...`` goes round, so each publish
-compares address and size of every storage with what was exported.
+compares address and size of every storage with what was exported. What has moved is exported again by `rebind`; the
+memory is had back for a while by `suspend`.
 
 Versions are the owner's to assign, and only grow.
 """
@@ -10,16 +11,21 @@ Versions are the owner's to assign, and only grow.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from etha.errors import EthaError, InvalidArgument, LeaseReleased, StaleHandle
-from etha.tensor_bus import clock, packets
-from etha.tensor_bus.commands import Abandon, Close, Publish
-from etha.tensor_bus.ipc.host import Export
+from etha.errors import AgentGone, AgentTimeout, EthaError, InvalidArgument, LeaseReleased, StaleHandle
+from etha.tensor_bus import clock
+from etha.tensor_bus.commands import Abandon, Close, Publish, Rebind, Suspend
+from etha.tensor_bus.ipc.export import Export
 from etha.tensor_bus.link import Link, Ticket
+from etha.tensor_bus.shared import Shared
 from etha.tensor_bus.state import ClaimRecord
+from etha.tensor_bus.update import Update
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -47,14 +53,16 @@ class Publication:
         generation: its number at the agent; a new owner, or a new registration, has a new one.
     """
 
-    def __init__(self, link: Link, name: str, generation: int, export: Export, version: int) -> None:
+    def __init__(self, link: Link, name: str, generation: int, shared: Shared, version: int) -> None:
         self.name = name
         self.generation = generation
         self._link = link
-        self._export: Export | None = export
+        self._shared = shared
+        self._suspended: Update | None = None
         self._version = version
         self._closed = False
         self._writing = 0
+        self._writer = 0
         self._torn: list[int] = []
         self._unguarded = 0
         self._lock = threading.Lock()
@@ -119,18 +127,109 @@ class Publication:
         """
         self._require_open()
         with self._lock:
+            self._require_memory()
             if self._writing:
                 raise InvalidArgument(
                     f'"{self.name}" is being updated: leaving the update publishes.',
                     resource=self.name,
                     remedy="Call publish() outside of update().",
                 )
-            self._check_storages()
+            self._shared.check()
             chosen = self._next_version(version)
             ticket = Ticket()
             self._commit(ticket, Publish(self.generation, chosen, 0), voids=self._unguarded)
             self._unguarded = ticket.sequence
             return chosen
+
+    def rebind(self, tensors: Mapping[str, torch.Tensor], timeout: float = 30.0) -> None:
+        """Share these tensors from now on, under the same names: for parameters that were moved.
+
+        What has not moved is not exported again. Outside of an update this waits for leases, as an update does, and
+        publishes the next version; within one (``with policy.update(): ...; policy.rebind(...)``) leaving it does.
+        Readers follow at their next `read`. What was shared before stays allocated until they have.
+
+        Args:
+            tensors: the same names, dtypes and shapes as before.
+            timeout: seconds to wait for leases, and for the agent.
+
+        Raises:
+            InvalidArgument: other names, dtypes or shapes; ``resource`` names the first. Nothing has changed.
+            NotShareable: a tensor cannot be shared as it is now. Nothing has changed.
+            LeaseTimeout, DeadlockError: see `update`.
+            SystemLimit: out of descriptors or mappings, on either side. What was shared before still is.
+            AgentTimeout, AgentGone: it may have been done or not. Until a rebind succeeds, publishing is refused.
+        """
+        self._require_open()
+        self._require_memory()
+        export = self._shared.export_anew(tensors)
+        if self._writing and self._writer == threading.get_native_id():
+            self._move(export, timeout)
+            return
+        deadline = clock.deadline_after(timeout)
+        try:
+            with self.update(timeout=timeout):
+                self._move(export, clock.remaining(deadline))
+        finally:
+            export.close_fds()
+
+    def suspend(self, timeout: float = 30.0) -> None:
+        """Have the memory back for a while: every mapping of it, the readers' and the agent's, is closed. A second time
+        does nothing.
+
+        Subscriptions go on, and their reads wait until `resume`. etha itself drops its references to the tensors, so
+        that ``storage.resize_(0)``, moving them elsewhere, or dropping them frees the memory. A reader unmaps when it
+        calls `read`, or while it waits in it; ``fileno()`` wakes it.
+
+        Args:
+            timeout: seconds to wait for leases and for mappings.
+
+        Raises:
+            LeaseTimeout, DeadlockError: see `update`. Nothing has changed.
+            MappingTimeout: ``holder`` names who still has it mapped: a tensor that was kept, or no `read` in all that
+                time. Nothing has changed.
+            AgentTimeout, AgentGone: it may be suspended or not. The memory is still in use; `resume` makes it whole.
+        """
+        self._require_open()
+        if self._suspended is not None:
+            return
+        link, ticket, deadline = self._link, Ticket(), clock.deadline_after(timeout)
+        update = self.update(timeout=timeout)
+        update.__enter__()
+        record = Suspend(self.generation, self._writing, threading.get_native_id(), deadline)
+        try:
+            link.command(ticket, record, deadline, answered=True)
+            link.outcome(ticket, deadline, timeout)
+            link.settle(ticket)
+        except BaseException as error:
+            if isinstance(error, EthaError) and not isinstance(error, AgentTimeout | AgentGone):
+                update.give_back()
+            else:
+                self._suspended = update
+            link.give_up(ticket, error, self._shared)
+            raise
+        self._suspended = update
+        self._shared.suspend()
+
+    def resume(self, tensors: Mapping[str, torch.Tensor] | None = None, timeout: float = 30.0) -> None:
+        """Share memory again after `suspend`, and publish it as the next version.
+
+        Args:
+            tensors: the same names, dtypes and shapes as before; None for the same tensor objects, as they lie now.
+            timeout: seconds to wait for the agent.
+
+        Raises:
+            InvalidArgument: it is not suspended, a tensor object is gone, or one differs in name, dtype or shape.
+            NotShareable: a tensor cannot be shared as it is now. It is still suspended.
+            SystemLimit, AgentTimeout, AgentGone: it is still suspended; call this again.
+        """
+        self._require_open()
+        if self._suspended is None:
+            raise InvalidArgument(
+                f'"{self.name}" is not suspended.', resource=self.name, remedy="Use rebind() for tensors that moved."
+            )
+        self._move(self._shared.export_anew(tensors), timeout)
+        update, self._suspended = self._suspended, None
+        update.__exit__(None, None, None)
 
     def close(self, timeout: float = 30.0) -> None:
         """End the publication and have the memory back. A second time does nothing.
@@ -150,13 +249,16 @@ class Publication:
         record = Close(self.generation, threading.get_native_id(), deadline)
         self._link.reap()
         try:
+            if self._suspended is not None:
+                self._suspended.give_back()
+                self._suspended = None
             self._tell_torn(deadline)
             self._link.command(ticket, record, deadline, answered=True)
             self._link.outcome(ticket, deadline, timeout)
         except StaleHandle:
             self._link.settle(ticket)  # closed already: by another thread, or by a call that was interrupted
         except BaseException as error:
-            self._link.give_up(ticket, error, self._export)
+            self._link.give_up(ticket, error, self._shared)
             raise
         self._forget()
         self._link.settle(ticket)
@@ -217,107 +319,35 @@ class Publication:
         if failure is not None:
             raise failure
 
-    def _check_storages(self) -> None:
-        if self._export is not None:
-            self._export.check()
+    def _require_memory(self) -> None:
+        if self._suspended is not None:
+            raise InvalidArgument(
+                f'"{self.name}" is suspended: it has no memory that could be a version.',
+                resource=self.name,
+                remedy="Call resume() first.",
+            )
+
+    def _move(self, export: Export, timeout: float) -> None:
+        """Within the update that writes: share this instead of what is shared now."""
+        link, ticket, deadline = self._link, Ticket(), clock.deadline_after(timeout)
+        record = Rebind(self.generation, self._writing, export.manifest, threading.get_native_id(), deadline)
+        try:
+            link.command(ticket, record, deadline, answered=True)
+            link.exports[ticket.sequence] = export
+            link.send_descriptors(ticket.sequence, self._shared.moved(export), deadline + clock.grace(timeout))
+            link.outcome(ticket, deadline, timeout)
+            link.settle(ticket)
+            self._shared.replace(export, ticket.sequence, link.state.publication(self.generation).layout)
+        except BaseException as error:
+            link.exports.pop(ticket.sequence, None)
+            if not isinstance(error, EthaError) or isinstance(error, AgentTimeout | AgentGone):
+                self._shared.doubt(export)  # the agent may have done it, and may not: neither memory may go
+            link.give_up(ticket, error, export)
+            raise
+        finally:
+            export.close_fds()
 
     def _forget(self) -> None:
         self._closed = True
-        self._export = None
-
-
-class Update:
-    """One exclusive write, as a context manager. Made by `Publication.update`; entered once."""
-
-    _held = False
-
-    def __init__(self, publication: Publication, version: int | None, timeout: float, revoke: bool) -> None:
-        self._publication = publication
-        self._asked = version
-        self._timeout = timeout
-        self._revoke = revoke
-        self._number = 0
-        self.version: int | None = None
-        """The version that was published, once it was."""
-
-    def __enter__(self) -> Update:
-        publication = self._publication
-        publication._require_open()
-        if self._number:
-            raise InvalidArgument(
-                "an update is entered once.", resource=publication.name, remedy="Call update() again."
-            )
-        with publication._lock:
-            publication._next_version(self._asked)
-        link = publication._link
-        deadline = clock.deadline_after(self._timeout)
-        publication._tell_torn(deadline)
-        self._number = link.number()
-        packet = packets.Write(
-            number=self._number,
-            generation=publication.generation,
-            name=publication.name,
-            revoke=self._revoke,
-            thread=threading.get_native_id(),
-            deadline=deadline,
-        )
-        try:
-            reply, _ = link.request(self._number, packet, self._timeout)
-            self._held = True
-            publication._writing = self._number
-            if isinstance(reply, packets.MayWrite):
-                link.note_served(reply.served)
-        except BaseException:
-            self._give_back()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not self._held:
-            return
-        if error is not None:
-            try:
-                self._abandon(self._publication._link.patience)
-            except EthaError:
-                pass  # the body's exception is the one that matters; what could not be said, the next call says
-            return
-        try:
-            self._publish()
-        except BaseException:
-            self._abandon(0.0)
-            raise
-
-    def __del__(self) -> None:
-        if self._held:
-            try:
-                self._abandon(0.0)
-            except EthaError:
-                return  # the next call says it
-
-    def _publish(self) -> None:
-        publication = self._publication
-        publication._check_storages()
-        with publication._lock:
-            version = publication._next_version(self._asked)
-            if publication._link.connection.usable:
-                publication._commit(Ticket(), Publish(publication.generation, version, self._number))
-            publication._version = version
-            self.version = version
-            self._done()
-
-    def _abandon(self, patience: float) -> None:
-        publication = self._publication
-        publication._torn.append(self._number)
-        self._done()
-        publication._tell_torn(clock.now() + patience)
-
-    def _give_back(self) -> None:
-        self._publication._link.connection.tell(packets.Release(self._number))
-        self._done()
-
-    def _done(self) -> None:
-        self._held = False
-        if self._publication._writing == self._number:
-            self._publication._writing = 0
+        self._suspended = None
+        self._shared.clear()

@@ -25,17 +25,18 @@ from etha.errors import (
     VersionMismatch,
 )
 from etha.tensor_bus import clock, packets, wire
+from etha.tensor_bus.channel import Channel
 from etha.tensor_bus.connection import Connection
 from etha.tensor_bus.ipc import peer, process
 from etha.tensor_bus.lockfile import LockText, read_lock
-from etha.tensor_bus.paths import AgentPaths
+from etha.tensor_bus.paths import AgentPaths, cannot_open
 from etha.tensor_bus.records import SCHEMA, encode
 
 _PAUSE_SECONDS: Final = 0.02
 
 
 def reach(paths: AgentPaths, rank: int, timeout: float) -> tuple[Connection, LockText]:
-    """Connect to the agent that serves ``paths``.
+    """Connect to the agent that serves ``paths``. The connection will find that agent's successors by itself.
 
     Raises:
         NoAgent: nothing serves there: there never was an agent, or it is dead.
@@ -52,9 +53,24 @@ def reach(paths: AgentPaths, rank: int, timeout: float) -> tuple[Connection, Loc
         time.sleep(_PAUSE_SECONDS)
 
 
-def _try(paths: AgentPaths, rank: int, deadline: float) -> tuple[Connection, LockText]:
+def dial(paths: AgentPaths, rank: int, client: bytes) -> tuple[Channel, LockText]:
+    """Connect and say hello. Waits for nothing: the agent's welcome is the first packet that will come.
+
+    Args:
+        paths: of the agent.
+        rank: for messages.
+        client: the client id that this connection goes on as; empty for a new client.
+
+    Raises:
+        NoAgent, AgentStopped: there is none at this moment, or it takes no connection.
+        OtherUser, OtherNamespace, VersionMismatch: it can never be talked to.
+        SystemLimit: no descriptor is left.
+    """
     text = _who_serves(paths, rank)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    except OSError as error:
+        raise cannot_open(paths.socket, error) from error
     try:
         sock.setblocking(False)
         try:
@@ -70,15 +86,29 @@ def _try(paths: AgentPaths, rank: int, deadline: float) -> tuple[Connection, Loc
         try:
             if agent.uid != os.geteuid():
                 raise _other_user(paths.socket, agent.uid)
-            welcome = _greet(sock, text, deadline)
-            if welcome.epoch != text.epoch:
-                raise _not_answering(text)  # one agent has just followed another: look again
-            return Connection(sock, agent, welcome), text
+            hello = packets.Hello(SCHEMA, process.boot_id(), process.pid_namespace(), client)
+            try:
+                wire.send(sock, encode(hello))
+            except OSError as error:
+                raise _not_answering(text) from error
+            return Channel(sock, agent), text
         except BaseException:
             agent.close()
             raise
     except BaseException:
         sock.close()
+        raise
+
+
+def _try(paths: AgentPaths, rank: int, deadline: float) -> tuple[Connection, LockText]:
+    channel, text = dial(paths, rank, b"")
+    try:
+        welcome = _hear_welcome(channel.sock, text, deadline)
+        if welcome.epoch != text.epoch:
+            raise _not_answering(text)  # one agent has just followed another: look again
+        return Connection(channel, welcome, lambda client: dial(paths, rank, client)[0]), text
+    except BaseException:
+        channel.close()
         raise
 
 
@@ -118,11 +148,7 @@ def _who_serves(paths: AgentPaths, rank: int) -> LockText:
     return text
 
 
-def _greet(sock: socket.socket, text: LockText, deadline: float) -> packets.Welcome:
-    try:
-        wire.send(sock, encode(packets.Hello(SCHEMA, process.boot_id(), process.pid_namespace())))
-    except OSError as error:
-        raise _not_answering(text) from error
+def _hear_welcome(sock: socket.socket, text: LockText, deadline: float) -> packets.Welcome:
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     if not poll.poll(clock.remaining(deadline) * 1000):

@@ -19,15 +19,13 @@ Called by the agent's control loop alone; not safe across threads.
 
 from __future__ import annotations
 
-import itertools
-from typing import Final
+from collections.abc import Collection
 
 from etha.errors import DeadlockError, EthaError
 from etha.tensor_bus import verdicts
-from etha.tensor_bus.access import concerned, made_by, may_follow, may_replace, owned
-from etha.tensor_bus.claim_table import ClaimTable, CloseMemory, OpenMemory, Ring
+from etha.tensor_bus.access import concerned, made_by, may_follow, owned, written_by
+from etha.tensor_bus.claim_table import AskUnmap, MoveMemory
 from etha.tensor_bus.claims import (
-    RESTING,
     Claim,
     Client,
     Closing,
@@ -36,36 +34,44 @@ from etha.tensor_bus.claims import (
     Lease,
     Phase,
     Publication,
+    Rebinding,
     Registration,
+    Suspending,
     Update,
+    command_sequence,
 )
-from etha.tensor_bus.naming import NameQueue
+from etha.tensor_bus.settling import Settling
 from etha.tensor_bus.waiting import refuse_cycle
 
 
-class Registry:
+class Registry(Settling):
     """All workers, publications and claims of one agent."""
-
-    def __init__(self) -> None:
-        self.table: Final = ClaimTable()
-        self.publications: Final[dict[int, Publication]] = {}
-        self.names: Final[dict[str, Publication]] = {}
-        self._wanting = NameQueue()
-        self._generations = itertools.count(1)
 
     # -- workers ----------------------------------------------------------------------------------
 
-    def client_joined(self, client: bytes, pid: int, label: str, now: float) -> None:
+    def client_joined(self, client: bytes, pid: int, label: str, now: float, started: int = 0) -> None:
         """A worker has an authenticated connection."""
-        self.table.clients[client] = Client(client, pid, label, now)
+        self.table.clients[client] = Client(client, pid, label, now, started)
         self.table.dirty.clients.add(client)
 
     def client_orphaned(self, client: bytes, now: float) -> None:
-        """The connection ended and the process lives: what it holds stays, what it waits for goes."""
+        """The connection ended and the process lives: what it holds stays, and so do its commands, which are durable.
+        Its requests go: if it comes back, it asks again."""
         self.table.clients[client].connected = False
         self.table.dirty.clients.add(client)
         for claim in self.table.of_client(client):
-            if not claim.granted:
+            if not claim.granted and command_sequence(claim.number) is None:
+                self._drop(claim, now)
+
+    def client_rejoined(self, client: bytes) -> None:
+        """A worker whose connection had ended has another one."""
+        self.table.clients[client].connected = True
+        self.table.dirty.clients.add(client)
+
+    def reassert(self, client: bytes, numbers: Collection[int], now: float) -> None:
+        """A worker that came back says which claims are still its own: what else it held, it has given back."""
+        for claim in self.table.of_client(client):
+            if command_sequence(claim.number) is None and claim.number not in numbers:
                 self._drop(claim, now)
 
     def client_left(self, client: bytes, now: float) -> None:
@@ -107,8 +113,84 @@ class Registry:
     def memory_closed(self, generation: int, now: float) -> None:
         """The agent has closed its own mappings of the publication."""
         publication = self.publications[generation]
-        publication.memory_open = False
+        publication.memory_open = publication.memory_closing = False
+        if publication.live:
+            publication.suspended, publication.recovering = True, False
+            self._changed(publication)
+        if isinstance(publication.moving, Suspending):
+            claim, publication.moving = publication.moving, None
+            self.table.finish(claim, now)
         self._forget_if_over(publication, now)
+
+    def recovered(self, generation: int, now: float) -> None:
+        """The agent has opened the memory of a publication that its predecessor knew."""
+        publication = self.publications[generation]
+        publication.recovering = False
+        self.table.dirty.publications.add(generation)  # and no bell: who has it mapped missed nothing
+        self._settle_name(publication.name, now)
+
+    def rebind(self, claim: Rebinding, now: float) -> None:
+        """Within an update: the tensors lie elsewhere, or have memory again."""
+        self.table.add(claim)
+        try:
+            publication = written_by(self.publications, self.table, claim)
+        except EthaError as error:
+            self.table.fail(claim, error)
+            return
+        publication.moving = claim
+        self.table.effects.append(MoveMemory(publication.generation))
+        self.table.begin(claim)
+
+    def rebound(self, generation: int, now: float) -> None:
+        """The agent has opened what a rebinding names, and has let go of what was open."""
+        publication = self.publications[generation]
+        claim = publication.moving
+        if isinstance(claim, Rebinding):
+            publication.moving = None
+            publication.manifest = claim.manifest
+            publication.sequence = command_sequence(claim.number) or 0
+            publication.layout += 1
+            publication.suspended = publication.recovering = False
+            publication.memory_open = True
+            self.table.finish(claim, now)
+            self._changed(publication)
+            self._settle_name(publication.name, now)
+
+    def rebind_failed(self, generation: int, error: EthaError, now: float) -> None:
+        """The agent could not open it: everything is where it was."""
+        claim = self.publications[generation].moving
+        if isinstance(claim, Rebinding):
+            self.publications[generation].moving = None
+            self.table.fail(claim, error)
+
+    def suspend(self, claim: Suspending, now: float) -> None:
+        """Within an update: the owner wants its memory back for a while."""
+        self.table.add(claim)
+        try:
+            publication = written_by(self.publications, self.table, claim)
+        except EthaError as error:
+            self.table.fail(claim, error)
+            return
+        if publication.suspended:
+            self.table.finish(claim, now)
+            return
+        publication.moving = claim
+        for read in publication.waiting_reads():
+            if self._in_the_way(read, publication):
+                publication.queue.remove(read)
+                self._ask_unmap(read)
+        self.table.begin(claim)
+        self._settle(publication, now)
+
+    def unmapped(self, client: bytes, number: int, now: float) -> None:
+        """A subscriber has nothing of the memory mapped any more; its subscription goes on."""
+        claim = self.table.claims.get((client, number))
+        publication = self.publications.get(claim.generation) if claim is not None else None
+        if isinstance(claim, Import) and publication is not None and claim.granted:
+            claim.layout = 0
+            self.table.dirty.claims.add(claim.id)
+            self._settle(publication, now)
+            self._forget_if_over(publication, now)
 
     def publish(self, client: bytes, generation: int, version: int, update: int, now: float) -> None:
         """The tensors are a new version; ``update`` is the number of the update that this ends, or 0.
@@ -148,6 +230,9 @@ class Registry:
         except EthaError as error:
             self.table.fail(claim, error)
             return
+        if isinstance(claim, Lease) and self._in_the_way(claim, publication) and not claim.patient:
+            self._ask_unmap(claim)
+            return
         publication.queue.append(claim)
         if not isinstance(claim, Closing):  # which has an effect on others, even if it is refused afterwards
             self._settle(publication, now)
@@ -178,10 +263,12 @@ class Registry:
         if publication is None:
             self.table.finish(answer, now)
             return
-        if publication.live:
-            self._end(publication, Event.END, now)
         answer.generation = publication.generation
         publication.closings.append(answer)
+        if publication.live:
+            self._end(publication, Event.END, now)
+        else:
+            self._forget_if_over(publication, now)
 
     def expire(self, now: float) -> None:
         """Fail every wait whose deadline has passed; an update that may revoke does so."""
@@ -210,189 +297,12 @@ class Registry:
             if self.table.waits(claim):
                 self.table.wait(claim) if claim.deadline > now else self._expire(claim, now)
 
-    # -- waiting ----------------------------------------------------------------------------------
+    @staticmethod
+    def _in_the_way(claim: Lease, publication: Publication) -> bool:
+        """Whether its reader has memory mapped that the owner wants back."""
+        wanted = isinstance(publication.moving, Suspending)
+        return wanted and publication.imports[claim.client, claim.through].layout > 0
 
-    def _expire(self, claim: Claim, now: float) -> None:
-        publication = self.publications.get(claim.generation) or self.names.get(claim.name)
-        if isinstance(claim, Update) and claim.revoke and publication is not None:
-            writers = publication.waiting_updates()
-            if publication.phase in RESTING and writers[0] is claim:
-                for lease in list(publication.leases.values()):
-                    self._detach(lease)
-                    self.table.forget(lease)
-                self._settle(publication, now)
-                return
-        if isinstance(claim, Closing) and publication is not None and not publication.live:
-            return  # it has what it wants, but for the agent's own mapping, which is being closed
-        error = verdicts.expired(claim, publication, self.table.clients, now)
-        self._drop(claim, now)
-        self.table.fail(claim, error)
-
-    def _settle(self, publication: Publication, now: float) -> None:
-        """Grant or fail what can be, in the order of arrival."""
-        writer_ahead = False
-        for claim in list(publication.queue):
-            if claim not in self.table:
-                continue
-            if isinstance(claim, Lease):
-                self._settle_read(claim, publication, writer_ahead, now)
-                continue
-            if isinstance(claim, Update):
-                self._settle_update(claim, publication, writer_ahead, now)
-            elif isinstance(claim, Closing) and (claim.judged or not publication.live):
-                self._settle_closing(claim, publication, writer_ahead, now)
-            writer_ahead = True
-        if publication.phase is Phase.CLOSING and not publication.leases and not publication.imports:
-            self._end(publication, Event.END, now)
-        if publication.wanted_changed():
-            self.table.dirty.publications.add(publication.generation)
-            if publication.wanted:
-                self._ring(publication)
-
-    def _settle_read(self, claim: Lease, publication: Publication, writer_ahead: bool, now: float) -> None:
-        error = verdicts.unreadable(claim, publication, writer_ahead, self.table.label(publication.owner))
-        if error is not None:
-            publication.queue.remove(claim)
-            self.table.fail(claim, error)
-        elif verdicts.readable(claim, publication, writer_ahead):
-            publication.lend(claim)
-            self.table.grant(claim, now)
-
-    def _settle_update(self, claim: Update, publication: Publication, writer_ahead: bool, now: float) -> None:
-        if publication.phase is Phase.CLOSING or not publication.live:
-            publication.queue.remove(claim)
-            self.table.fail(claim, verdicts.closing(publication.name))
-        elif not writer_ahead and publication.phase in RESTING and not publication.leases:
-            publication.hand_over(claim)
-            self.table.dirty.publications.add(publication.generation)
-            self.table.grant(claim, now)
-
-    def _settle_closing(self, claim: Closing, publication: Publication, writer_ahead: bool, now: float) -> None:
-        if publication.live and (writer_ahead or publication.phase not in RESTING):
-            return
-        publication.queue.remove(claim)
-        publication.closings.append(claim)
-        if publication.live:
-            self._begin_closing(publication, now)
-
-    # -- the life of a publication ----------------------------------------------------------------
-
-    def _want_name(self, claim: Registration | Import, now: float) -> None:
-        self._wanting.add(claim)
-        if not (isinstance(claim, Registration) and claim.replace):
-            self._settle_name(claim.name, now)
-        self.table.begin(claim)
-
-    def _settle_name(self, name: str, now: float) -> None:
-        """Hand a free name to the first that wants it, and a ready publication to all who wait for it."""
-        for claim in self._wanting.of(name):
-            publication = self.names.get(name)
-            if isinstance(claim, Registration):
-                if publication is None:
-                    self._detach(claim)
-                    self._create(claim, now)
-                elif claim.judged and publication.phase in RESTING and may_replace(claim, publication, self.table):
-                    self._begin_closing(publication, now)
-                    self._settle(publication, now)
-            elif isinstance(claim, Import) and publication is not None and publication.open:
-                self._detach(claim)
-                claim.generation = publication.generation
-                publication.imports[claim.id] = claim
-                self.table.grant(claim, now)
-
-    def _create(self, claim: Registration, now: float) -> None:
-        generation = claim.generation = next(self._generations)
-        publication = Publication(
-            generation, claim.name, claim.client, claim.number, claim.manifest, claim.version, now
-        )
-        publication.registration = claim
-        self.publications[generation] = self.names[claim.name] = publication
-        self.table.clients[claim.client].publications.add(generation)
-        self.table.dirty.publications.add(generation)
-        self.table.effects.append(OpenMemory(generation))
-
-    def _begin_closing(self, publication: Publication, now: float) -> None:
-        publication.move(Event.CLOSE)
-        self._changed(publication)
-        for claim in publication.waiting_reads():
-            self._settle_read(claim, publication, False, now)
-
-    def _move(self, publication: Publication, event: Event, now: float) -> None:
-        publication.move(event)
-        self._changed(publication)
-        self._settle(publication, now)
-        if publication.phase in RESTING:
-            self._settle_name(publication.name, now)
-
-    def _changed(self, publication: Publication) -> None:
-        self.table.dirty.publications.add(publication.generation)
-        self._ring(publication)
-
-    def _ring(self, publication: Publication) -> None:
-        self.table.effects.extend(Ring(claim) for claim in publication.imports.values())
-
-    def _end(self, publication: Publication, event: Event, now: float) -> None:
-        """The publication is over. Its importers are told, its name is free, the agent's mapping goes."""
-        publication.move(event)
-        self._end_update(publication)
-        if publication.registration is not None:
-            self.table.forget(publication.registration)
-            publication.registration = None
-        self.table.clients[publication.owner].publications.discard(publication.generation)
-        del self.names[publication.name]
-        self._changed(publication)
-        self._settle(publication, now)
-        self.table.effects.append(CloseMemory(publication.generation))
-        self._settle_name(publication.name, now)
-
-    def _end_client(self, client: bytes, event: Event, now: float) -> None:
-        record = self.table.clients[client]
-        for generation in list(record.publications):
-            self._end(self.publications[generation], event, now)
-        for claim in self.table.of_client(client):
-            self._drop(claim, now)
-        del self.table.clients[client]
-        self.table.dirty.clients.add(client)
-
-    def _end_update(self, publication: Publication) -> None:
-        if publication.update is not None:
-            update, publication.update = publication.update, None
-            self.table.forget(update)
-
-    def _drop(self, claim: Claim, now: float) -> None:
-        """Take a claim away, waiting or held, and see who can go on."""
-        if claim not in self.table:
-            return
-        publication = self.publications.get(claim.generation) or self.names.get(claim.name)
-        self._detach(claim)
+    def _ask_unmap(self, claim: Lease) -> None:
         self.table.forget(claim)
-        if publication is None:
-            return
-        if publication.registration is claim:
-            self._end(publication, Event.END, now)
-        elif publication.update is claim:
-            publication.update = None
-            self._move(publication, Event.WITHDRAW, now)
-        elif publication.phase is Phase.CLOSING and not self._wants_end(publication):
-            self._move(publication, Event.REOPEN, now)
-        else:
-            self._settle(publication, now)
-        self._forget_if_over(publication, now)
-
-    def _wants_end(self, publication: Publication) -> bool:
-        wanting = self._wanting.registrations(publication.name)
-        return bool(publication.closings) or any(may_replace(claim, publication, self.table) for claim in wanting)
-
-    def _detach(self, claim: Claim) -> None:
-        """Take a claim out of every list it may stand in, its publication's and its name's."""
-        publication = self.publications.get(claim.generation)
-        if publication is not None:
-            publication.detach(claim)
-        self._wanting.remove(claim)
-
-    def _forget_if_over(self, publication: Publication, now: float) -> None:
-        if publication.over and publication.generation in self.publications:
-            del self.publications[publication.generation]
-            self.table.dirty.publications.add(publication.generation)
-            while publication.closings:
-                self.table.finish(publication.closings.pop(0), now)
+        self.table.effects.append(AskUnmap(claim))

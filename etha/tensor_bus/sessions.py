@@ -46,10 +46,13 @@ class Session:
         sock: None once the connection has ended.
         choked: the backlog waits for other descriptors to arrive, not for room: ``epoll`` will not say when.
         failed: the agent can keep no order with this worker any more; its connection is to be cut.
+        leaving: it has said, through the queue, that it holds nothing any more.
+        reasserted: claims of a worker that has come back and has not named all of them yet.
     """
 
-    def __init__(self, sock: socket.socket, peer: Peer, since: float) -> None:
-        self.sock: socket.socket | None = sock
+    def __init__(self, sock: socket.socket | None, peer: Peer, since: float) -> None:
+        """Take over a socket, if there is one, and the process behind it."""
+        self.sock = sock
         self.peer = peer
         self.client = b""
         self.served = 0
@@ -57,6 +60,8 @@ class Session:
         self.queue_seen = -1
         self.choked = False
         self.failed = False
+        self.leaving = False
+        self.reasserted: set[int] = set()
         self._backlog: deque[tuple[bytes, list[int]]] = deque()
         self._waiting_fds = 0
         self._bells: dict[int, int] = {}
@@ -149,6 +154,14 @@ class Session:
             return
         except OSError:  # nobody listens any more
             self.remove_bell(number)
+
+    def take_over(self, other: Session) -> None:
+        """The process has connected again: its new socket is this session's now, and ``other`` is empty."""
+        self.hang_up()
+        self.sock, other.sock = other.sock, None
+        self.choked = self.failed = False
+        self.reasserted.clear()
+        other.close()
 
     def hang_up(self) -> None:
         """The connection is over; the process is still watched."""

@@ -7,14 +7,15 @@ Keys are one letter and what identifies the record::
 
     a                            AgentRecord        who serves, its heartbeat, its counters
     c  client id                 ClientRecord       a worker
+    g                            GenerationRecord   the newest number that was given to a publication
     s  client id                 ServedRecord       its last served command
     o  client id ‖ sequence      OutcomeRecord      what became of an answered command
-    p  generation                PublicationRecord  the manifest: written once
+    p  generation                PublicationRecord  the manifest: written with every registration and rebinding
     v  generation                VersionRecord      what changes with every version
     m  generation                MemoryRecord       which mappings of the owner hold it
     k  client id ‖ number        ClaimRecord        a lease, an update, an import, or the wait for one
 
-A version is small and changes often, a manifest is large and never does: hence two keys.
+A version is small and changes often, a manifest is large and seldom does: hence two keys.
 """
 
 from __future__ import annotations
@@ -65,14 +66,22 @@ class ClientRecord(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         pid: by the kernel's word.
         label: for people.
+        started: when the process started, clock ticks since boot: with the pid, its identity. 0 if it was hidden.
         connected: False when the connection ended and the process lives on.
         since: ``CLOCK_BOOTTIME`` seconds.
     """
 
     pid: int
     label: str
+    started: int
     connected: bool
     since: float
+
+
+class GenerationRecord(msgspec.Struct, frozen=True, array_like=True):
+    """The newest generation: a successor gives larger numbers only, so that no handle is ever mistaken for another."""
+
+    newest: int
 
 
 class ServedRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -102,6 +111,9 @@ class PublicationRecord(msgspec.Struct, frozen=True, array_like=True):
         pid, label: the owning process.
         manifest: what it shares.
         since: ``CLOCK_BOOTTIME`` seconds.
+        number: claim number of the registration that made it.
+        sequence: of the command that brought this manifest, a `Register` or the last `Rebind`; its descriptors bear it.
+        layout: 1 for the first manifest, one more for each that replaced it.
     """
 
     name: str
@@ -110,6 +122,9 @@ class PublicationRecord(msgspec.Struct, frozen=True, array_like=True):
     label: str
     manifest: Manifest
     since: float
+    number: int
+    sequence: int
+    layout: int
 
 
 class VersionRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -120,8 +135,11 @@ class VersionRecord(msgspec.Struct, frozen=True, array_like=True):
         phase: a value of `etha.tensor_bus.claims.Phase`.
         writes: how many updates have begun; a lease is torn when this grew since its grant.
         guarded: False when the version was published without excluding readers.
-        wanted: someone waits for the leases to be released.
+        wanted: someone waits for the leases to be released, or for the mappings to be closed.
         since: ``CLOCK_BOOTTIME`` seconds of the last change.
+        rest: the phase that it returns to when what is going on is withdrawn.
+        recovering: the agent is new and has no descriptors of the memory yet: subscriptions wait.
+        suspended: the owner has taken its memory back for a while.
     """
 
     version: int
@@ -130,19 +148,24 @@ class VersionRecord(msgspec.Struct, frozen=True, array_like=True):
     guarded: bool
     wanted: bool
     since: float
+    rest: str
+    recovering: bool
+    suspended: bool
 
 
 class ClaimRecord(msgspec.Struct, frozen=True, array_like=True):
     """A claim of a client on a publication, held or waited for.
 
     Attributes:
-        kind: ``"lease"``, ``"update"``, ``"import"``, ``"register"`` or ``"close"``.
+        kind: ``"lease"``, ``"update"``, ``"import"``, ``"register"``, ``"rebind"``, ``"suspend"`` or ``"close"``.
         granted: False while it waits.
         generation: the publication; 0 while it waits for one to exist.
         name: the publication's name.
         version: the version leased, or to be reached; None where it means nothing.
         pid, thread, label: who.
         since: ``CLOCK_BOOTTIME`` seconds of the request, or of the grant.
+        writes, guarded: of a lease, the publication's at the grant.
+        layout: of an import, which manifest its holder has mapped; 0 for none.
     """
 
     kind: str
@@ -154,6 +177,9 @@ class ClaimRecord(msgspec.Struct, frozen=True, array_like=True):
     thread: int
     label: str
     since: float
+    writes: int = 0
+    guarded: bool = True
+    layout: int = 0
 
 
 class MemoryRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -175,6 +201,7 @@ R = TypeVar("R", bound=msgspec.Struct)
 _LETTERS: Final[dict[type[Any], bytes]] = {
     AgentRecord: b"a",
     ClientRecord: b"c",
+    GenerationRecord: b"g",
     ServedRecord: b"s",
     OutcomeRecord: b"o",
     PublicationRecord: b"p",
@@ -185,6 +212,7 @@ _LETTERS: Final[dict[type[Any], bytes]] = {
 _CODECS: Final[dict[bytes, Codec[Any]]] = {letter: Codec(kind) for kind, letter in _LETTERS.items()}
 
 AGENT_KEY: Final = b"a"
+GENERATION_KEY: Final = b"g"
 
 
 def client_key(client: bytes) -> bytes:
@@ -220,6 +248,11 @@ def memory_key(generation: int) -> bytes:
 def claim_key(client: bytes, number: int) -> bytes:
     """Key of a `ClaimRecord`."""
     return b"k" + client + _NUMBER.pack(number)
+
+
+def key_client(key: bytes) -> bytes:
+    """The client id in a key that begins with one."""
+    return key[1:17]
 
 
 def key_number(key: bytes) -> int:
@@ -332,6 +365,17 @@ class StateReader:
         for key, data in raw:
             result[letters[key[:1]]][key] = _CODECS[key[:1]].decode(data)
         return result
+
+    def everything(self) -> dict[bytes, Any]:
+        """Key to record of every record, as one transaction shows them.
+
+        Raises:
+            InvalidRecord: a record is damaged, or of no kind that is known.
+        """
+        found: dict[bytes, Any] = {}
+        for records in self.snapshot(_LETTERS).values():
+            found.update(records)
+        return found
 
     def close(self) -> None:
         """Give back this use of the file."""

@@ -4,26 +4,25 @@ The mapping is made when the subscription is, and lasts until it is closed *and*
 been dropped. Only then does the agent hear that the owner may have its memory back; a tensor that is kept thus keeps
 the owner's `close` waiting, and is named by it. A subscription whose owner died or closed closes itself at the call
 that is told so.
+
+An owner may move its tensors, or take the memory back for a while. `read` is where the reader follows: it unmaps when
+it is asked to, and maps what a lease is on when that lies elsewhere. A new import takes the place of the old one then.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, cast
+from typing import NamedTuple
 
-from etha.errors import EthaError, InvalidArgument, LeaseReleased, OwnerDiedError, PublicationClosed
+from etha.errors import AgentGone, EthaError, InvalidArgument, LeaseReleased, OwnerDiedError, PublicationClosed
 from etha.tensor_bus import clock, packets
-from etha.tensor_bus.ipc.mapping import ImportedMemory, import_memory
-from etha.tensor_bus.ipc.view import build_views
+from etha.tensor_bus.bell import Bell
 from etha.tensor_bus.lease import Lease
 from etha.tensor_bus.link import Link
+from etha.tensor_bus.mapped import Mapped
 from etha.tensor_bus.records import Failure
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Subscription:
@@ -43,29 +42,13 @@ class Subscription:
         """Wait for the publication to exist and map it; see `TensorBusClient.subscribe`."""
         self.name = name
         self._link = link
-        self._number = link.number()
         self._end: EthaError | None = None
-        self._bell: int | None = None
-        self._seen = -1
+        self._bell: Bell | None = None
         self._lock = threading.Lock()
-        packet = packets.Subscribe(self._number, name, threading.get_native_id(), clock.deadline_after(timeout))
-        memory: ImportedMemory | None = None
-        try:
-            reply, mail = link.request(self._number, packet, timeout)
-            if not isinstance(reply, packets.Imported):
-                raise TypeError(f"an import was expected, not {type(reply).__name__}")
-            self.generation = reply.generation
-            record = link.state.publication(reply.generation)
-            self._memory = memory = import_memory(record.manifest, mail.descriptors())
-            mail.close()
-            self._tensors: dict[str, torch.Tensor] = build_views(record.manifest, memory)
-            self._seen = reply.version
-            self._closed = False
-        except BaseException:
-            if memory is not None:
-                memory.close()
-            link.connection.tell(packets.Release(self._number))
-            raise
+        self._mapped = Mapped(link, name, timeout)
+        self.generation = self._mapped.generation
+        self._seen = self._mapped.version
+        self._closed = False
 
     # -- reading ----------------------------------------------------------------------------------
 
@@ -92,33 +75,77 @@ class Subscription:
         """
         self._require_open()
         self._check_versions(version, min_version)
-        link = self._link
+        deadline = clock.deadline_after(timeout)
         self._silence()
-        lease = Lease(link, self.name, self.generation, link.number())
+        patient = False
+        while True:
+            asked = Asked(version, min_version or 0, deadline, timeout, patient)
+            try:
+                lease = self._ask(asked)
+            except (PublicationClosed, OwnerDiedError) as error:
+                self._end = Failure.of(error).error()  # its own traceback would keep this frame, and the memory
+                self.close()
+                raise
+            if lease is not None:
+                return lease
+            patient = self._unmap()
+
+    def _ask(self, asked: Asked) -> Lease | None:
+        """One request; None if the memory is to be unmapped first."""
+        link, number = self._link, self._link.number()
+        lease = Lease(link, self.name, self.generation, number)
         packet = packets.Read(
-            number=lease._number,
+            number=number,
             generation=self.generation,
             name=self.name,
-            exact=version,
-            minimum=min_version or 0,
+            exact=asked.version,
+            minimum=asked.minimum,
             thread=threading.get_native_id(),
-            deadline=clock.deadline_after(timeout),
+            deadline=asked.deadline,
+            through=self._mapped.number,
+            patient=asked.patient,
         )
         try:
-            reply, _ = link.request(lease._number, packet, timeout)
+            reply, _ = link.request(number, packet, asked.timeout)
+            if isinstance(reply, packets.Unmap):
+                link.connection.claims.discard(number)
+                return None
             if not isinstance(reply, packets.Leased):
                 raise TypeError(f"a lease was expected, not {type(reply).__name__}")
-            lease._hold(reply, self._tensors)
+            mapped = self._mapped
+            if mapped.layout != reply.layout:
+                mapped = self._map_again(asked)
+            lease._hold(reply, mapped.tensors)
             if self._closed:  # by another thread, meanwhile: it may have taken the tensors away already
                 self._require_open()
             self._seen = max(self._seen, reply.version)
-        except BaseException as error:
+        except BaseException:
             lease._give_back()
-            if isinstance(error, PublicationClosed | OwnerDiedError):
-                self._end = Failure.of(error).error()  # its own traceback would keep this frame, and the memory
-                self.close()
             raise
         return lease
+
+    def _unmap(self) -> bool:
+        """The owner wants its memory back; whether a tensor that somebody keeps stands in the way."""
+        with self._lock:
+            mapped = self._mapped
+            if mapped.layout:
+                mapped.unmap()
+        self._link.reap()
+        return self._link.still_mapped(mapped.number)
+
+    def _map_again(self, asked: Asked) -> Mapped:
+        """The memory lies elsewhere now. A lease is held, so it stays there meanwhile."""
+        fresh = Mapped(self._link, self.name, max(clock.remaining(asked.deadline), self._link.patience))
+        if fresh.generation != self.generation:
+            fresh.end()
+            raise _followed(self.name)
+        with self._lock:
+            before, self._mapped = self._mapped, fresh
+            before.end()
+            if self._bell is not None:
+                self._ring_through(self._bell, before.number)
+        self._link.reap()
+        return fresh
 
     def versions(self, timeout: float = 30.0) -> Iterator[Lease]:
         """Iterate over each newest version; ``timeout`` seconds is the longest wait for the next one.
@@ -151,37 +178,36 @@ class Subscription:
         self._require_open()
         with self._lock:
             if self._bell is None:
-                self._make_bell()
-            return cast(int, self._bell)
-
-    def _make_bell(self) -> None:
-        connection = self._link.connection
-        pipe: list[tuple[int, int]] = []
-        try:
-            # Made and put on record in one call, so that an interrupt finds either nothing or both.
-            pipe.extend(map(os.pipe2, (os.O_CLOEXEC | os.O_NONBLOCK,)))
-            connection.bells.update(pipe[0])
-            deadline = clock.now() + self._link.patience
-            connection.send(packets.Bell(self._number, self._seen), deadline, [pipe[0][1]])
-            self._bell = pipe[0][0]
-        finally:
-            if pipe:
+                bell = Bell(self._seen)
                 try:
-                    os.close(pipe[0][1])
+                    self._ring_through(bell, self._mapped.number)
+                    self._bell = bell
                 finally:
                     if self._bell is None:
-                        os.close(pipe[0][0])
-                    connection.bells.discard(pipe[0][1])
-                    if self._bell is None:
-                        connection.bells.discard(pipe[0][0])
+                        self._link.connection.bells.pop(self._mapped.number, None)
+                        bell.close()
+            return self._bell.fileno()
+
+    def _ring_through(self, bell: Bell, before: int) -> None:
+        """Give the agent the bell of this import, which may have followed on another."""
+        connection = self._link.connection
+        connection.bells.pop(before, None)
+        number = self._mapped.number
+        connection.bells[number] = bell
+        bell.seen = self._seen
+        try:
+            deadline = clock.now() + self._link.patience
+            connection.send(packets.Bell(number, bell.seen), deadline, [bell.renew()])
+        except AgentGone:
+            return  # its successor gets the bell of every import that comes back
+        finally:
+            bell.hand_over()
 
     def _silence(self) -> None:
         with self._lock:
             if self._bell is not None:
-                try:
-                    os.read(self._bell, 64)
-                except BlockingIOError:
-                    return
+                self._bell.silence()
+                self._bell.seen = self._seen
 
     # -- ends -------------------------------------------------------------------------------------
 
@@ -195,15 +221,16 @@ class Subscription:
         with self._lock:
             if self._closed:
                 return
-            # Noted before anything is undone: whatever interrupts this, the next call of etha completes it.
-            self._link.import_dropped(self._number, self._memory)
+            self._mapped.end()
             self._closed = True
-            self._tensors = {}
-            bell, self._bell = self._bell, None
-            if bell is not None:
-                self._link.connection.bells.discard(bell)
-                os.close(bell)
+            self._close_bell()
         self._link.reap()
+
+    def _close_bell(self) -> None:
+        bell, self._bell = self._bell, None
+        if bell is not None:
+            self._link.connection.bells.pop(self._mapped.number, None)
+            bell.close()
 
     def __enter__(self) -> Subscription:
         return self
@@ -215,10 +242,8 @@ class Subscription:
 
     def __del__(self) -> None:
         if not self._closed and not self._link.connection.forked:
-            self._link.import_dropped(self._number, self._memory)
-            if self._bell is not None:
-                self._link.connection.bells.discard(self._bell)
-                os.close(self._bell)
+            self._mapped.end()
+            self._close_bell()
 
     def __repr__(self) -> str:
         return f'<Subscription to "{self.name}"{", closed" if self._closed else ""}>'
@@ -246,3 +271,19 @@ class Subscription:
                 raise InvalidArgument(
                     f"{value!r} is no version.", resource=self.name, remedy="Versions are >= 0 and below 2**63."
                 )
+
+
+class Asked(NamedTuple):
+    """What a read asks for, however often it has to ask."""
+
+    version: int | None
+    minimum: int
+    deadline: float
+    timeout: float
+    patient: bool
+
+
+def _followed(name: str) -> OwnerDiedError:
+    return OwnerDiedError(
+        f'"{name}" has another owner now.', resource=name, remedy="Subscribe again: that maps what it publishes."
+    )

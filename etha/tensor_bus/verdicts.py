@@ -21,7 +21,17 @@ from etha.errors import (
     VersionGone,
     VersionTimeout,
 )
-from etha.tensor_bus.claims import Claim, Client, Import, Lease, Phase, Publication, Update
+from etha.tensor_bus.claims import (
+    Claim,
+    Client,
+    Import,
+    Lease,
+    Phase,
+    Publication,
+    Rebinding,
+    Suspending,
+    Update,
+)
 
 
 def unreadable(claim: Lease, publication: Publication, writer_ahead: bool, owner: str) -> EthaError | None:
@@ -59,7 +69,7 @@ def unreadable(claim: Lease, publication: Publication, writer_ahead: bool, owner
 
 def readable(claim: Lease, publication: Publication, writer_ahead: bool) -> bool:
     """Whether the read is granted now."""
-    if publication.phase is not Phase.READY or not claim.satisfied_by(publication.version):
+    if publication.phase is not Phase.READY or publication.suspended or not claim.satisfied_by(publication.version):
         return False
     return not writer_ahead or publication.lent_to(claim.actor)
 
@@ -67,6 +77,15 @@ def readable(claim: Lease, publication: Publication, writer_ahead: bool) -> bool
 def closing(name: str) -> PublicationClosed:
     """An update came when the owner was giving its memory up already."""
     return PublicationClosed(f'"{name}" is being closed.', resource=name, remedy="Register the tensors again.")
+
+
+def not_writing(name: str) -> InvalidArgument:
+    """Memory is moved within an update, and this is not the one."""
+    return InvalidArgument(
+        f'"{name}" is not being updated by this call, or is being moved already.',
+        resource=name,
+        remedy="Call rebind(), suspend() and resume() one at a time.",
+    )
 
 
 def unpublishable(publication: Publication, version: int, update: int) -> EthaError | None:
@@ -85,6 +104,12 @@ def unpublishable(publication: Publication, version: int, update: int) -> EthaEr
             f'"{name}" {text}: this publish does not belong to it.',
             resource=name,
             remedy="Publish by leaving the update.",
+        )
+    if publication.suspended:
+        return InvalidArgument(
+            f'"{name}" is suspended: it has no memory that could be a version.',
+            resource=name,
+            remedy="Call resume() first.",
         )
     return None
 
@@ -144,8 +169,16 @@ def expired(claim: Claim, publication: Publication | None, clients: Mapping[byte
             resource=name,
             remedy="Register again with a longer timeout.",
         )
+    if isinstance(claim, Rebinding):
+        return AgentTimeout(
+            f'the memory of "{name}" was not opened by the deadline; it is where it was.',
+            resource=name,
+            remedy="Try again with a longer timeout.",
+        )
+    if isinstance(claim, Suspending):
+        return _mapped(name, publication.mapped)
     if publication.update is not None and publication.update is not claim:
-        return _held_by([publication.update], "been updating", name, now)
+        return _held_by([publication.update], "had suspended" if publication.suspended else "been updating", name, now)
     if publication.leases and not (isinstance(claim, Lease) and not claim.satisfied_by(publication.version)):
         return _held_by(publication.leases.values(), f"held version {publication.version} of", name, now)
     if isinstance(claim, Lease):
@@ -157,15 +190,19 @@ def expired(claim: Claim, publication: Publication | None, clients: Mapping[byte
         )
     if isinstance(claim, Update):
         return _held_by(publication.waiting_updates(), "been waiting to update", name, now)
-    if publication.imports:
-        holder = ", ".join(dict.fromkeys(held.label for held in publication.imports.values()))
-        return MappingTimeout(
-            f'"{name}" is still mapped by {holder}.',
-            resource=name,
-            holder=holder,
-            remedy="Close its subscription and drop the tensors taken from it, or end it.",
-        )
+    if publication.mapped:
+        return _mapped(name, publication.mapped)
     return taken(name, _label(publication.owner, clients))
+
+
+def _mapped(name: str, held: Iterable[Import]) -> MappingTimeout:
+    holder = ", ".join(dict.fromkeys(claim.label for claim in held)) or None
+    return MappingTimeout(
+        f'"{name}" is still mapped by {holder or "the agent"}.',
+        resource=name,
+        holder=holder,
+        remedy="Let it call read(), close its subscription or drop the tensors taken from it, or end it.",
+    )
 
 
 def _label(client: bytes, clients: Mapping[bytes, Client]) -> str:

@@ -25,6 +25,7 @@ from etha.tensor_bus.ipc import libc, maps
 from etha.tensor_bus.ipc.descriptors import SharedFd, reserve_descriptors
 from etha.tensor_bus.ipc.export import Export
 from etha.tensor_bus.ipc.manifest import (
+    Allocation,
     HostAllocation,
     Manifest,
     Storage,
@@ -94,23 +95,10 @@ def export(tensors: Mapping[str, object]) -> Export:
         NotShareable: ``resource`` names the tensor; the text says why, and what to do. Nothing is left open.
         SystemLimit: more descriptors are needed than the hard limit allows.
     """
-    import torch
-
-    named = _checked_names(tensors)
-    table = maps.RegionTable(maps.read())
-    with torch._C.DisableTorchFunction():
-        survey = _Survey(table)
-        for name, value in named.items():
-            fault = refusal(value, "cpu")
-            if fault is not None:
-                raise fault.error(name)
-            if isinstance(value, torch.Tensor):
-                survey.add(name, value)
+    survey = _surveyed(tensors)
     reserve_descriptors(sum(not source.region.deleted for source in survey.sources), len(survey.sources))
-    fds: list[SharedFd] = []
+    fds = _open_all(survey.sources)
     try:
-        for source in survey.sources:
-            fds.append(source.open())  # noqa: PERF401 - what was opened must be known if one fails
         manifest = Manifest(
             allocations=tuple(source.allocation for source in survey.sources),
             storages=tuple(survey.storages),
@@ -118,7 +106,8 @@ def export(tensors: Mapping[str, object]) -> Export:
             names=survey.names,
         )
         _check_own(manifest)
-        return Export(manifest, tuple(fds), survey.tensors, survey.kept)
+        sources = survey.sources
+        return Export(manifest, fds, survey.tensors, survey.kept, lambda: _reopen_all(sources, manifest.allocations))
     except BaseException:
         _close_all(fds)
         raise
@@ -290,6 +279,21 @@ class _Survey:
         return len(self.storages) - 1
 
 
+def _surveyed(tensors: Mapping[str, object]) -> _Survey:
+    import torch
+
+    named = _checked_names(tensors)
+    survey = _Survey(maps.RegionTable(maps.read()))
+    with torch._C.DisableTorchFunction():
+        for name, value in named.items():
+            fault = refusal(value, "cpu")
+            if fault is not None:
+                raise fault.error(name)
+            if isinstance(value, torch.Tensor):
+                survey.add(name, value)
+    return survey
+
+
 def _checked_names(tensors: object) -> dict[str, object]:
     from collections.abc import Mapping as AnyMapping
 
@@ -319,6 +323,28 @@ def _check_own(manifest: Manifest) -> None:
             resource=error.resource,
             remedy=_CLONE_REMEDY,
         ) from error
+
+
+def _open_all(sources: Iterable[_Source]) -> tuple[SharedFd, ...]:
+    fds: list[SharedFd] = []
+    try:
+        for source in sources:
+            fds.append(source.open())  # noqa: PERF401 - what was opened must be known if one fails
+    except BaseException:
+        _close_all(fds)
+        raise
+    return tuple(fds)
+
+
+def _reopen_all(sources: Iterable[_Source], allocations: tuple[Allocation, ...]) -> tuple[SharedFd, ...]:
+    fds = _open_all(sources)
+    try:
+        for fd, allocation in zip(fds, allocations, strict=True):
+            check_descriptor(fd.fileno(), allocation)
+    except BaseException:
+        _close_all(fds)
+        raise
+    return fds
 
 
 def _close_all(fds: Iterable[SharedFd]) -> None:

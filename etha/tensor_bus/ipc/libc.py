@@ -1,9 +1,9 @@
-"""The four system calls that Python's library does not offer, or not with the control needed here.
+"""The five system calls that Python's library does not offer, or not with the control needed here.
 
 `mmap.mmap` will not do: it unmaps when it is collected, keeps a duplicate of the descriptor and hides the address.
 Every call goes through ctypes with ``use_errno``, so the error is that of this thread's call.
 
-Sources: mmap(2), madvise(2), prctl(2).
+Sources: mmap(2), madvise(2), prctl(2), pidfd_getfd(2).
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ _LIBC.mmap.argtypes = (
 )
 _LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_LIBC.syscall.restype = ctypes.c_long
+_LIBC.syscall.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_uint)
 _LIBC.prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
+
+_SYS_PIDFD_GETFD: Final = 438
+"""On every architecture but alpha; no C library wraps it before glibc 2.36."""
 
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 
@@ -101,6 +106,19 @@ def prctl(option: int, argument: int) -> int:
     if result < 0:
         raise _error(f"prctl({option})")
     return result
+
+
+def pidfd_getfd(pidfd: int, number: int) -> int:
+    """A copy of another process's descriptor; close-on-exec.
+
+    Raises:
+        OSError: ``EPERM`` where ptrace is not permitted, ``EBADF`` where the process has no such descriptor, ``ENOSYS``
+            before Linux 5.6 or where seccomp says so.
+    """
+    copy = int(_LIBC.syscall(_SYS_PIDFD_GETFD, pidfd, number, 0))
+    if copy < 0:
+        raise _error(f"pidfd_getfd({number})")
+    return copy
 
 
 def _error(doing: str) -> OSError:

@@ -98,6 +98,25 @@ class Peer:
             os.close(pidfd)
             raise
 
+    @classmethod
+    def known(cls, pid: int, started: int) -> Peer:
+        """The process that had this pid and start time when it was written down, in this boot and PID namespace.
+
+        Args:
+            pid: as recorded.
+            started: clock ticks since boot; 0 where /proc hid it: then the pid alone has to do.
+
+        Raises:
+            ProcessLookupError: it is dead, and the pid nobody's or another process's.
+            OSError: no descriptor is left.
+        """
+        peer = cls(os.pidfd_open(pid), pid, os.geteuid(), os.getegid())
+        # While it lives, its pid cannot become another's: what /proc said before that look, it said of this process.
+        if (started and peer.started != started) or not peer.alive():
+            peer.close()
+            raise ProcessLookupError(errno.ESRCH, f"process {pid} of start time {started} is dead")
+        return peer
+
     @property
     def label(self) -> str:
         """For people: ``"pid 4122 (live_eval.py)"``."""

@@ -1,0 +1,81 @@
+"""What `Subscription.fileno` gives: a descriptor that becomes readable, and that outlives the agent that rings it.
+
+The agent rings through a pipe, whose read end also becomes readable when the agent dies. With a new agent comes a new
+pipe. ``select`` and ``asyncio`` have been given a number, and ``epoll`` remembers the open file behind it: so the
+user's descriptor is an epoll of our own, which stays, and the pipe of the day is inside it.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+
+
+class Bell:
+    """One subscriber's bell. Not safe across threads; its subscription's lock guards it.
+
+    Attributes:
+        seen: the newest version that the subscriber knows.
+    """
+
+    _epoll: select.epoll | None = None
+
+    def __init__(self, seen: int) -> None:
+        self.seen = seen
+        self._pipes: list[tuple[int, int]] = []
+        self._epoll = select.epoll()
+
+    def fileno(self) -> int:
+        """The user's descriptor.
+
+        Raises:
+            ValueError: it was closed.
+        """
+        if self._epoll is None:
+            raise ValueError("the bell was closed")
+        return self._epoll.fileno()
+
+    def renew(self) -> int:
+        """Make a pipe for an agent, instead of the one before; its write end, which stays this object's."""
+        if self._pipes and self._epoll is not None:
+            self._epoll.unregister(self._pipes[0][0])
+        self._close_pipes()
+        # Made and put on record in one call, so that an interrupt finds either nothing or both.
+        self._pipes.extend(map(os.pipe2, (os.O_CLOEXEC | os.O_NONBLOCK,)))
+        reading, writing = self._pipes[0]
+        if self._epoll is not None:
+            self._epoll.register(reading, select.EPOLLIN)
+        return writing
+
+    def hand_over(self) -> None:
+        """The agent has the write end: close ours, so that its death is the end of the pipe."""
+        if self._pipes:
+            reading, writing = self._pipes[0]
+            self._pipes[0] = (reading, -1)
+            if writing >= 0:
+                os.close(writing)
+
+    def silence(self) -> None:
+        """Take the readiness away."""
+        if self._pipes:
+            try:
+                os.read(self._pipes[0][0], 64)
+            except BlockingIOError:
+                return
+
+    def close(self) -> None:
+        """Close everything; idempotent. Also what a forked child does with what it inherited."""
+        self._close_pipes()
+        epoll, self._epoll = self._epoll, None
+        if epoll is not None:
+            epoll.close()
+
+    def _close_pipes(self) -> None:
+        while self._pipes:
+            for fd in self._pipes.pop():
+                if fd >= 0:
+                    os.close(fd)
+
+    def __del__(self) -> None:
+        if self._epoll is not None:
+            self.close()

@@ -1,0 +1,95 @@
+"""A first look at the files that a dead agent left, in a child that may die of it.
+
+LMDB maps its file: where that is cut short or damaged, a look at it can end the process that looks (SIGBUS), or lead it
+round in circles. So a child goes through every record of both files, with a deadline, and says in one line what it
+found. Only then does the agent open them itself.
+
+Used by the agent alone, before it has any other thread.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from typing import Final
+
+import lmdb
+import msgspec
+
+from etha.errors import EthaError
+from etha.tensor_bus import clock
+from etha.tensor_bus.command_queue import CommandQueue
+from etha.tensor_bus.paths import AgentPaths
+from etha.tensor_bus.records import SCHEMA
+from etha.tensor_bus.state import ClientRecord, StateReader
+
+_SECONDS: Final = 30.0
+"""A gigabyte of records takes some three."""
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """What the child saw.
+
+    Attributes:
+        damage: why the files cannot be used, or None.
+        boot: boot id of the agent that wrote them; empty if it wrote nothing.
+        schema: its record schema.
+        clients: workers that it knew.
+    """
+
+    damage: str | None = None
+    boot: str = ""
+    schema: int = 0
+    clients: int = 0
+
+
+def examine(paths: AgentPaths) -> Finding:
+    """Read everything at ``paths`` in a child. Never raises for what it finds there."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writing, msgspec.json.encode(_look(paths)))
+        finally:
+            os._exit(0)
+    os.close(writing)
+    try:
+        return _hear(reading, child)
+    finally:
+        os.close(reading)
+
+
+def _look(paths: AgentPaths) -> Finding:
+    try:
+        state = StateReader(paths.state)
+        agent = state.agent()
+        if agent is not None and agent.schema != SCHEMA:
+            return Finding(None, agent.boot, agent.schema)
+        records = state.everything()
+        queue = CommandQueue(paths)
+        for client in queue.clients():
+            queue.commands_of(client, 0)
+    except (EthaError, lmdb.Error, OSError) as error:
+        return Finding(damage=str(error))
+    clients = sum(isinstance(record, ClientRecord) for record in records.values())
+    return Finding(None, agent.boot if agent else "", agent.schema if agent else 0, clients)
+
+
+def _hear(reading: int, child: int) -> Finding:
+    deadline = clock.now() + _SECONDS
+    said = b""
+    poll = select.poll()
+    poll.register(reading, select.POLLIN)
+    while poll.poll(clock.remaining(deadline) * 1000):
+        data = os.read(reading, 1 << 16)
+        if not data:
+            break
+        said += data
+    else:
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    try:
+        return msgspec.json.decode(said, type=Finding)
+    except msgspec.DecodeError:
+        return Finding(damage=f"a process that read them ended with {os.waitstatus_to_exitcode(status)}")

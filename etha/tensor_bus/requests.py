@@ -1,0 +1,119 @@
+"""What a packet means: one packet of a worker in, registry calls out. Used by the agent's control loop only."""
+
+from __future__ import annotations
+
+from etha.errors import InvalidArgument, InvalidRecord
+from etha.tensor_bus import packets, wire
+from etha.tensor_bus.claim_table import Granted, Ring
+from etha.tensor_bus.claimants import NUMBER_LIMIT, require_number, who
+from etha.tensor_bus.claims import Import, Lease, Update
+from etha.tensor_bus.journal import Journal
+from etha.tensor_bus.memory import Memory
+from etha.tensor_bus.records import Failure
+from etha.tensor_bus.registry import Registry
+from etha.tensor_bus.sessions import Session
+
+
+class Requests:
+    """Takes packets, one at a time."""
+
+    def __init__(self, registry: Registry, journal: Journal, memory: Memory) -> None:
+        self._registry = registry
+        self._journal = journal
+        self._memory = memory
+
+    # -- packets ----------------------------------------------------------------------------------
+
+    def take(self, session: Session, packet: packets.FromWorker, fds: list[int], now: float) -> None:
+        """Act on one packet of a worker that has been welcomed.
+
+        Raises:
+            InvalidRecord: it makes no sense; the connection is to be cut. Its descriptors are closed.
+        """
+        if isinstance(packet, packets.Descriptors):
+            self._memory.arrived(session.client, packet.number, packet.first, fds)
+            return
+        if isinstance(packet, packets.Bell):
+            self._bell(session, packet, fds)
+            return
+        if fds:
+            wire.close_all(fds)
+            raise InvalidRecord("descriptors came with a packet that carries none.", resource="packet")
+        if isinstance(packet, packets.Read | packets.Write | packets.Subscribe) and self._asked_before(
+            session, packet.number
+        ):
+            return
+        if isinstance(packet, packets.Read):
+            try:
+                require_number("version", max(packet.minimum, packet.exact or 0))
+            except InvalidArgument as error:
+                session.send(packets.Refused(packet.number, Failure.of(error)))
+                return
+            lease = Lease(
+                **who(session, packet.number, packet.thread, packet.deadline, now),
+                name=packet.name,
+                generation=packet.generation,
+                exact=packet.exact,
+                minimum=packet.minimum,
+                through=packet.through,
+                patient=packet.patient,
+            )
+            self._registry.claim(lease, now)
+        elif isinstance(packet, packets.Write):
+            update = Update(
+                **who(session, packet.number, packet.thread, packet.deadline, now),
+                name=packet.name,
+                generation=packet.generation,
+                revoke=packet.revoke,
+            )
+            self._registry.claim(update, now)
+        elif isinstance(packet, packets.Subscribe):
+            wanted = Import(
+                **who(session, packet.number, packet.thread, packet.deadline, now),
+                name=packet.name,
+                generation=0,
+            )
+            self._registry.subscribe(wanted, now)
+        elif isinstance(packet, packets.Release):
+            self._release(session, packet.number, now)
+        elif isinstance(packet, packets.Unmapped):
+            self._registry.unmapped(session.client, packet.number, now)
+        elif isinstance(packet, packets.Reassert):
+            self._reasserted(session, packet, now)
+
+    def _release(self, session: Session, number: int, now: float) -> None:
+        session.remove_bell(number)
+        self._registry.release(session.client, number, now)
+
+    def _reasserted(self, session: Session, packet: packets.Reassert, now: float) -> None:
+        session.reasserted.update(packet.claims)
+        if not packet.more:
+            self._registry.reassert(session.client, session.reasserted, now)
+            session.reasserted.clear()
+        outcomes = self._journal.outcomes(session.client)
+        for sequence in packet.commands:
+            if sequence in outcomes:
+                record = outcomes[sequence]
+                session.send(packets.Outcome(sequence, record.generation, record.failure, session.served))
+
+    def _bell(self, session: Session, packet: packets.Bell, fds: list[int]) -> None:
+        claim = self._registry.table.claims.get((session.client, packet.number))
+        if len(fds) != 1 or not isinstance(claim, Import) or not claim.granted:
+            wire.close_all(fds)
+            if len(fds) != 1:
+                raise InvalidRecord("a bell carries one descriptor.", resource="Bell")
+            return
+        session.add_bell(packet.number, fds[0])
+        publication = self._registry.publications[claim.generation]
+        if publication.version > packet.seen or not publication.live or publication.wanted:
+            # Not now: what it is rung for may not be recorded yet.
+            self._registry.table.effects.append(Ring(claim))
+
+    def _asked_before(self, session: Session, number: int) -> bool:
+        """Whether this request is known: asked again by a worker that came back. A grant is told again."""
+        if not 0 < number < NUMBER_LIMIT:
+            raise InvalidRecord(f"claim number {number} is out of range.", resource="number")
+        claim = self._registry.table.claims.get((session.client, number))
+        if claim is not None and claim.granted:
+            self._registry.table.effects.append(Granted(claim))
+        return claim is not None

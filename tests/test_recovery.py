@@ -1,0 +1,171 @@
+"""`etha.tensor_bus.recovery`: an agent dies, another follows, and its workers go on as if nothing had been."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import pytest
+from harness import Agent, Raised, Worker
+
+
+def raises(kind: str) -> AbstractContextManager:
+    return pytest.raises(Raised, match=f"^{kind}:")
+
+
+@pytest.fixture
+def restart(agent: Agent, start_agent: Callable[..., Agent]) -> Callable[[], Agent]:
+    """SIGKILL the agent, and start another on its path."""
+    current = [agent]
+
+    def kill() -> None:
+        current[-1].kill()
+        current[-1].process.wait()
+
+    def start() -> Agent:
+        kill()
+        current.append(start_agent())
+        return current[-1]
+
+    start.kill = kill
+    start.start = lambda: current.append(start_agent())
+    return start
+
+
+def test_owner_and_reader_go_on(owner: Worker, reader: Worker, restart):
+    owner.do("with policy.update(): weights.fill_(1)")
+    restart()
+    owner.do("with policy.update(): weights.fill_(2)")
+    assert reader.do("with policy.read() as w: v = (w.version, w['weights'][0].item())\nv") == (2, 2.0)
+    owner.do("policy.publish()")
+    assert reader.do("with policy.read(min_version=3) as w: v = w.version\nv") == 3
+    reader.do("policy.close()")
+    owner.do("policy.close(timeout=20)")
+
+
+def test_a_lease_is_held_whoever_comes_back_first(owner: Worker, reader: Worker, restart):
+    reader.do("lease = policy.read()")
+    restart()
+    with raises("LeaseTimeout") as caught:
+        owner.do("with policy.update(timeout=0.2): pass")
+    assert f"pid {reader.pid}" in caught.value.holder
+    reader.do("lease.check(); lease.release()")
+    owner.do("with policy.update(timeout=20): pass")
+
+
+def test_an_update_excludes_whoever_comes_back_first(owner: Worker, reader: Worker, restart):
+    owner.do("update = policy.update(); update.__enter__(); weights.fill_(4); None")
+    restart()
+    with raises("LeaseTimeout"):
+        reader.do("policy.read(timeout=0.2)")
+    owner.do("update.__exit__(None, None, None)")
+    assert reader.do("with policy.read(timeout=20) as w: v = (w.version, w['weights'][0].item())\nv") == (1, 4.0)
+
+
+def test_calls_that_wait_are_asked_again(owner: Worker, reader: Worker, restart):
+    reader.say("with policy.read(min_version=1, timeout=50) as w: v = w.version\nv")
+    restart()
+    owner.do("with policy.update(): pass")
+    assert reader.hear() == 1
+    reader.do("lease = policy.read()")
+    owner.say("with policy.update(timeout=50): pass")
+    restart()
+    reader.do("lease.release()")
+    owner.hear()
+
+
+def test_an_idle_owner_is_subscribed_to_anew(owner: Worker, reader: Worker, restart, start_worker):
+    """It makes no call in all the time: the agent takes the descriptors from it."""
+    owner.do("weights.fill_(5)")
+    restart()
+    fresh = start_worker(setup="policy = client.subscribe('policy', timeout=20)")
+    assert fresh.do("with policy.read() as w: v = w['weights'][9].item()\nv") == 5.0
+    owner.do("weights.fill_(6)")
+    assert fresh.do("with policy.read() as w: v = w['weights'][9].item()\nv") == 6.0
+
+
+def test_what_was_published_meanwhile_counts(owner: Worker, reader: Worker, restart):
+    restart.kill()
+    assert owner.do("[policy.publish() for _ in range(50)][-1]") == 50
+    restart.start()
+    assert reader.do("with policy.read(min_version=50, timeout=20) as w: v = w.version\nv") == 50
+
+
+def test_a_lease_released_meanwhile_holds_nobody_up(owner: Worker, reader: Worker, restart):
+    """The reader makes no further call."""
+    reader.do("lease = policy.read()")
+    restart.kill()
+    reader.do("lease.release()")
+    restart.start()
+    owner.do("with policy.update(timeout=10): pass")
+
+
+def test_who_died_meanwhile_holds_nobody_up(owner: Worker, reader: Worker, restart, start_worker):
+    reader.do("lease = policy.read()")
+    other = start_worker(setup="p = client.register_tensors('other', {'x': torch.zeros(4).share_memory_()})")
+    restart.kill()
+    reader.kill()
+    reader.process.wait(20)
+    other.kill()
+    other.process.wait(20)
+    restart.start()
+    owner.do("with policy.update(timeout=10): pass")
+    owner.do("other = client.register_tensors('other', {'x': torch.zeros(4).share_memory_()}, timeout=10)")
+    owner.do("policy.close(timeout=10)")
+
+
+def test_fileno_tells_and_goes_on_telling(owner: Worker, reader: Worker, restart):
+    reader.do("fd = policy.fileno(); p = select.poll(); p.register(fd, select.POLLIN); lease = policy.read()")
+    assert reader.do("p.poll(0)") == []
+    restart()
+    assert reader.do("bool(p.poll(20000))") is True
+    reader.do("lease.release(); policy.read().release()")
+    assert reader.do("policy.fileno() == fd and p.poll(0) == []") is True
+    owner.do("with policy.update(): pass")
+    assert reader.do("bool(p.poll(20000))") is True
+
+
+def test_without_a_successor_a_call_fails_by_its_deadline(owner: Worker, reader: Worker, restart):
+    restart.kill()
+    started = time.monotonic()
+    with raises("AgentGone"):
+        reader.do("policy.read(timeout=0.5)")
+    with raises("AgentGone"):
+        owner.do("policy.close(timeout=0.5)")
+    assert time.monotonic() - started < 3
+    restart.start()
+    reader.do("policy.read(timeout=20).release(); policy.close()")
+    owner.do("policy.close(timeout=20)")
+
+
+def test_a_registration_in_flight_is_served_once(agent, start_worker, restart):
+    owner = start_worker()
+    owner.do("weights = torch.ones(8).share_memory_()")
+    restart.kill()
+    owner.say("policy = client.register_tensors('policy', {'w': weights}, timeout=50)\npolicy.generation")
+    restart.start()
+    assert owner.hear() >= 1
+    reader = start_worker(setup="policy = client.subscribe('policy', timeout=20)")
+    assert reader.do("with policy.read() as w: v = w['w'].tolist()\nv") == [1.0] * 8
+    reader.do("policy.close()")
+    owner.do("policy.close(timeout=20)")
+
+
+def test_a_client_closed_meanwhile_leaves_nothing(owner: Worker, reader: Worker, restart, start_worker):
+    restart.kill()
+    reader.do("client.close()")
+    owner.do("try: client.close(timeout=0.1)\nexcept etha.errors.EthaError: pass")
+    restart.start()
+    other = start_worker()
+    other.do("p = client.register_tensors('policy', {'x': torch.zeros(4).share_memory_()}, timeout=20)")
+
+
+def test_a_clean_stop_is_an_upgrade(owner: Worker, reader: Worker, restart, agent, start_agent):
+    reader.do("lease = policy.read()")
+    agent.kill(signal.SIGTERM)
+    assert agent.process.wait(20) == 0
+    start_agent()
+    reader.do("lease.check(); lease.release()")
+    owner.do("with policy.update(timeout=10): pass")
