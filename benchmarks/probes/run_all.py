@@ -28,7 +28,7 @@ PROBES = (
     "ping_pong",
     "read_only_fault",
 )
-"""In the issue's order; the one that makes the device fault comes last."""
+"""In the order of docs/cuda-ipc.md; the one that makes the device fault comes last."""
 
 EACH = 62.0
 """Seconds for one: a little more than it gives itself."""
