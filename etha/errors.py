@@ -106,6 +106,13 @@ class DeadlockError(CallerError, RuntimeError):
     """
 
 
+class StreamCapturing(CallerError, RuntimeError):
+    """The stream is being captured into a CUDA graph; nothing of the bus may be part of a graph.
+
+    A graph may read a lease's tensors all the same, while the subscription is open.
+    """
+
+
 class NoAgent(AgentError, ConnectionError):
     """Nothing serves the path."""
 
@@ -188,6 +195,16 @@ class QueueFull(SystemFault, OSError):
 
 class SystemLimit(SystemFault, OSError):
     """Descriptors, mappings, memory or disk ran out; ``resource`` names which."""
+
+
+class DriverError(SystemFault, RuntimeError):
+    """A call of the CUDA driver failed, or there is no driver; ``resource`` is the call, or what is missing.
+
+    Attributes:
+        code: the driver's ``CUresult``; 0 where no call was made, or another process reports it.
+    """
+
+    code: int = 0
 
 
 class UnsafePath(SystemFault, PermissionError):

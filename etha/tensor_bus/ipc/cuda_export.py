@@ -1,0 +1,337 @@
+"""Sharing device memory: which kind a pointer is, and handles or descriptors for what lies under tensors.
+
+The driver says of each pointer how its memory can be shared, and what cannot be is refused by name, before anything
+is exported. One export per allocation: memory of ``cudaMalloc`` goes as a whole, with all that torch put beside the
+tensor; virtual memory goes by the chunks that the tensors touch, and neighbours become one run.
+
+This has run on a fake driver only; ``docs/cuda-ipc.md`` says what a GPU has still to answer.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+from bisect import bisect_right, insort
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
+
+from etha.errors import DriverError, InvalidArgument, InvalidRecord, NotShareable
+from etha.tensor_bus.ipc import driver as api
+from etha.tensor_bus.ipc.cuda import Device, Origin
+from etha.tensor_bus.ipc.cuda_records import (
+    OWNER_BYTES,
+    Chunk,
+    CudaAllocation,
+    CudaManifest,
+    LegacyAllocation,
+    VirtualAllocation,
+    validate,
+)
+from etha.tensor_bus.ipc.descriptors import SharedFd, reserve_descriptors
+from etha.tensor_bus.ipc.export import Export
+from etha.tensor_bus.ipc.manifest import Manifest, Storage, TensorSpec, name_fault
+from etha.tensor_bus.ipc.shareable import Refusal, dtype_name, refusal
+from etha.tensor_bus.ipc.undo import Undo
+
+if TYPE_CHECKING:
+    import torch
+
+_NATIVE: Final = "Allocate it with torch's default allocator; clone() makes such a copy."
+# torch asks for fabric handles wherever the device has them, and for none if that variable is 0
+# (c10/cuda/CUDACachingAllocator.cpp, ExpandableSegment::map).
+_NO_SEGMENTS: Final = "Start the process without expandable_segments in PYTORCH_CUDA_ALLOC_CONF."
+_SEGMENTS_WITH_HANDLES: Final = (
+    "Start the process without TORCH_CUDA_EXPANDABLE_SEGMENTS_IPC=0, or without expandable_segments in"
+    " PYTORCH_CUDA_ALLOC_CONF."
+)
+
+
+class Kind(enum.Enum):
+    """How a pointer's memory is shared."""
+
+    LEGACY = "legacy"
+    FD = "fd"
+
+
+def classify(device: Device, address: int) -> Kind | Refusal:
+    """Ask the driver how memory can be shared; the device's context is current.
+
+    Args:
+        device: the one on which it must lie.
+        address: of any byte of it.
+
+    Returns:
+        The kind, or why there is none and what to do instead.
+    """
+    ask = device.driver.pointer_attribute
+    try:
+        managed = ask(api.IS_MANAGED, address)
+    except DriverError as error:
+        if error.code != api.INVALID_VALUE:
+            raise
+        return Refusal("lies in memory that CUDA does not know", "Move it to the device.")
+    if managed:
+        return Refusal("lies in managed memory, which has no handle", _NATIVE)
+    if ask(api.MEMORY_TYPE, address) != api.MEMORY_TYPE_DEVICE:
+        return Refusal("lies in host memory", "Move it to the device.")
+    if ask(api.DEVICE_ORDINAL, address) != device.ordinal:
+        return Refusal("lies on another device than its agent's", "Register it with the agent of its own device.")
+    if ask(api.IS_LEGACY_CAPABLE, address):
+        return Kind.LEGACY
+    if ask(api.MEMPOOL_HANDLE, address):
+        return Refusal(
+            "lies in a memory pool (cudaMallocAsync), which cannot be shared afterwards",
+            "Start the process without backend:cudaMallocAsync in PYTORCH_CUDA_ALLOC_CONF.",
+        )
+    types = ask(api.ALLOWED_HANDLE_TYPES, address)
+    if types & api.HANDLE_TYPE_FD:
+        return Kind.FD
+    if types & api.HANDLE_TYPE_FABRIC:
+        return Refusal("can be shared by fabric handle only, which etha does not do yet", _NO_SEGMENTS)
+    return Refusal("lies in virtual memory that was made without a way to share it", _SEGMENTS_WITH_HANDLES)
+
+
+class CudaExport(Export):
+    """`Export` of device memory. Its descriptors are one per chunk, in the order of the allocations.
+
+    Attributes:
+        manifest: what a reader needs.
+        origins: one per allocation: where it lies here, for readers in this process.
+    """
+
+    manifest: CudaManifest  # type: ignore[assignment]  # until the two manifests are one
+
+    def __init__(
+        self,
+        manifest: CudaManifest,
+        fds: tuple[SharedFd, ...],
+        tensors: Mapping[str, torch.Tensor],
+        storages: list[torch.UntypedStorage | None],
+        origins: tuple[Origin, ...],
+    ) -> None:
+        # `Export` asks of a manifest only what the two have in common: its tensors and names.
+        super().__init__(cast(Manifest, manifest), fds, tensors, storages)
+        self.origins = origins
+
+
+def export(device: Device, owner: bytes, tensors: Mapping[str, object], kind: str = "cuda") -> CudaExport:
+    """Describe, pin and export the memory under ``tensors``; nothing is copied, moved or written.
+
+    Neighbours come along: whoever opens memory of ``cudaMalloc`` can read all of the allocation.
+
+    Args:
+        device: this process's, and the tensors'.
+        owner: 16-byte id of the client.
+        tensors: by name, each on the device; one without elements may lie anywhere on it.
+        kind: the tensors' device type.
+
+    Raises:
+        InvalidArgument: not a mapping, a name that is none, or an owner of another length.
+        NotShareable: ``resource`` names the tensor; the text says why, and what to do. Nothing is left open.
+        SystemLimit: more descriptors are needed than the hard limit allows, or device memory ran out.
+        DriverError: the driver refuses.
+    """
+    import torch
+
+    if len(owner) != OWNER_BYTES:
+        raise InvalidArgument(f"A client's id has {OWNER_BYTES} bytes, not {len(owner)}.", resource=owner.hex())
+    survey = _Survey()
+    with torch._C.DisableTorchFunction():
+        for name, value in _checked(tensors):
+            fault = refusal(value, kind)
+            if fault is not None:
+                raise fault.error(name)
+            if isinstance(value, torch.Tensor):
+                survey.add(name, value)
+    fds: list[SharedFd] = []
+    try:
+        with device.current():
+            ranges = _Ranges(device)
+            for place in survey.places:
+                ranges.cover(place)
+            manifest, addresses = _export(device, owner, survey, ranges, fds)
+    except BaseException:
+        for fd in fds:
+            fd.close()
+        raise
+    kept: list[list[torch.UntypedStorage]] = [[] for _ in addresses]
+    for row, storage in zip(manifest.storages, survey.kept, strict=True):
+        if storage is not None:
+            kept[row.allocation].append(storage)
+    origins = tuple(Origin(address, keeper) for address, keeper in zip(addresses, kept, strict=True))
+    for allocation, origin in zip(manifest.allocations, origins, strict=True):
+        device.add_origin(allocation, origin)
+    return CudaExport(manifest, tuple(fds), survey.tensors, survey.kept, origins)
+
+
+class _Place(NamedTuple):
+    """A storage that has bytes, and the first tensor in it."""
+
+    name: str
+    address: int
+    nbytes: int
+
+
+class _Survey:
+    """The tables of a manifest, storages still by address."""
+
+    def __init__(self) -> None:
+        self.places: list[_Place] = []
+        self.rows: list[_Place | None] = []
+        self.kept: list[torch.UntypedStorage | None] = []
+        self.specs: list[TensorSpec] = []
+        self.names: dict[str, int] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._spec_of: dict[int, int] = {}
+        self._row_of: dict[int, int] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Describe one tensor; a tensor object met before only gets another name."""
+        spec = self._spec_of.get(id(tensor))
+        if spec is None:
+            spec = self._spec_of[id(tensor)] = len(self.specs)
+            self.specs.append(
+                TensorSpec(
+                    storage=self._row(name, tensor),
+                    dtype=dtype_name(tensor.dtype),
+                    shape=tuple(tensor.shape),
+                    stride=tuple(tensor.stride()),
+                    offset=int(tensor.storage_offset()) * tensor.element_size(),
+                )
+            )
+        self.names[name] = spec
+        self.tensors[name] = tensor
+
+    def _row(self, name: str, tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage()
+        if tensor.numel() == 0 or storage.nbytes() == 0:
+            return self._append(None, None)
+        row = self._row_of.get(storage._cdata)
+        if row is None:
+            place = _Place(name, storage.data_ptr(), storage.nbytes())
+            self.places.append(place)
+            row = self._row_of[storage._cdata] = self._append(place, storage)
+        return row
+
+    def _append(self, place: _Place | None, storage: torch.UntypedStorage | None) -> int:
+        self.rows.append(place)
+        self.kept.append(storage)
+        return len(self.rows) - 1
+
+
+class _Range(NamedTuple):
+    """An allocation of ``cudaMalloc``, or one chunk of virtual memory."""
+
+    base: int
+    end: int
+    legacy: bool
+
+
+class _Ranges:
+    """What lies under the storages, each asked for once, however many storages it holds."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.found: list[_Range] = []
+
+    def cover(self, place: _Place) -> None:
+        """Find all that lies under a storage, or refuse it by its tensor's name."""
+        at, end = place.address, place.address + place.nbytes
+        while at < end:
+            found = self._known(at) or self._ask(place.name, at)
+            if found.legacy and (at != place.address or found.end < end):
+                raise Refusal("reaches over the end of its allocation", _NATIVE).error(place.name)
+            at = found.end
+
+    def _known(self, address: int) -> _Range | None:
+        index = bisect_right(self.found, address, key=lambda each: each.base) - 1
+        return self.found[index] if index >= 0 and address < self.found[index].end else None
+
+    def _ask(self, name: str, address: int) -> _Range:
+        kind = classify(self._device, address)
+        if isinstance(kind, Refusal):
+            raise kind.error(name)
+        base, size = self._device.driver.address_range(address)
+        if not base <= address < base + size:
+            raise Refusal("lies in memory that the driver describes wrongly", _NATIVE).error(name)
+        found = _Range(base, base + size, kind is Kind.LEGACY)
+        insort(self.found, found)
+        return found
+
+    def runs(self) -> list[list[_Range]]:
+        """By address: legacy allocations alone, chunks together with their neighbours."""
+        runs: list[list[_Range]] = []
+        for each in self.found:
+            last = runs[-1][-1] if runs else None
+            if last is not None and not last.legacy and not each.legacy and last.end == each.base:
+                runs[-1].append(each)
+            else:
+                runs.append([each])
+        return runs
+
+
+def _export(
+    device: Device, owner: bytes, survey: _Survey, ranges: _Ranges, fds: list[SharedFd]
+) -> tuple[CudaManifest, list[int]]:
+    """Make handles and descriptors; ``fds`` has what was opened also if one fails."""
+    runs = ranges.runs()
+    chunks = sum(len(run) for run in runs if not run[0].legacy)
+    reserve_descriptors(chunks, chunks)
+    allocations = [
+        _legacy(device, owner, run[0]) if run[0].legacy else _virtual(device, owner, run, fds) for run in runs
+    ]
+    bases = [run[0].base for run in runs]
+    storages = []
+    for place in survey.rows:
+        if place is None:
+            storages.append(Storage(allocation=-1, offset=0, nbytes=0))
+        else:
+            index = bisect_right(bases, place.address) - 1
+            storages.append(Storage(index, place.address - bases[index], place.nbytes))
+    manifest = CudaManifest(tuple(allocations), tuple(storages), tuple(survey.specs), survey.names)
+    try:
+        validate(manifest)
+    except InvalidRecord as error:  # our own manifest: the tensors' fault, not a peer's
+        raise NotShareable(error.message, resource=error.resource, remedy=_NATIVE) from error
+    return manifest, bases
+
+
+def _legacy(device: Device, owner: bytes, found: _Range) -> CudaAllocation:
+    driver = device.driver
+    buffer = driver.pointer_attribute(api.BUFFER_ID, found.base)
+    handle = driver.ipc_get_handle(found.base)
+    return LegacyAllocation(device.uuid, owner, buffer, handle, found.end - found.base)
+
+
+def _virtual(device: Device, owner: bytes, run: list[_Range], fds: list[SharedFd]) -> CudaAllocation:
+    driver = device.driver
+    chunks = []
+    for found in run:
+        chunks.append(Chunk(driver.pointer_attribute(api.MEMORY_BLOCK_ID, found.base), found.end - found.base))
+        undo = Undo()
+        handle = driver.retain_allocation(found.base)
+        undo.push(partial(driver.release_allocation, handle))
+        try:
+            fds.append(SharedFd(driver.export_fd(handle), owned=True))
+        finally:
+            device.settle(undo)
+        os.set_inheritable(fds[-1].fileno(), False)
+    return VirtualAllocation(device.uuid, owner, tuple(chunks))
+
+
+def _checked(tensors: object) -> list[tuple[str, object]]:
+    if not isinstance(tensors, Mapping):
+        raise InvalidArgument(
+            f"tensors is a {type(tensors).__qualname__}, not a mapping of names to tensors.",
+            remedy="Give dict(module.named_parameters()), for example.",
+        )
+    named: list[tuple[str, object]] = []
+    for name, value in tensors.items():
+        if not isinstance(name, str):
+            raise InvalidArgument(f"The tensor name {name!r} is no string.", resource=repr(name))
+        fault = name_fault(name)
+        if fault is not None:
+            raise InvalidArgument(f"A tensor name {fault}.", resource=ascii(name[:64]))
+        named.append((name, value))
+    return named
