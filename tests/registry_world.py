@@ -20,9 +20,30 @@ from etha.tensor_bus.claims import (
     command_number,
 )
 from etha.tensor_bus.ipc.manifest import Manifest
+from etha.tensor_bus.journal import Journal
+from etha.tensor_bus.records import encode
+from etha.tensor_bus.recovery import recover
 from etha.tensor_bus.registry import Registry
+from etha.tensor_bus.state import _CODECS
 
 EMPTY = Manifest((), (), (), {})
+
+
+class Records:
+    """What a journal writes, kept as bytes."""
+
+    def __init__(self) -> None:
+        self._data: dict[bytes, bytes] = {}
+
+    def write(self, changes) -> None:
+        for key, record in changes.items():
+            if record is None:
+                self._data.pop(key, None)
+            else:
+                self._data[key] = encode(record)
+
+    def decoded(self) -> dict:
+        return {key: _CODECS[key[:1]].decode(data) for key, data in self._data.items()}
 
 
 class World:
@@ -30,6 +51,8 @@ class World:
 
     def __init__(self) -> None:
         self.registry = Registry()
+        self.records = Records()
+        self.journal = Journal(self.records, self.registry)
         self.numbers = itertools.count(1)
         self.now = 0.0
         self.granted: list[Claim] = []
@@ -37,8 +60,8 @@ class World:
         self.rung: list[Import] = []
 
     def client(self, name: str, pid: int | None = None) -> bytes:
-        client = name.encode()
-        self.registry.client_joined(client, pid or sum(client), f"pid of {name}", self.now)
+        client = name.encode().ljust(16, b".")
+        self.registry.client_joined(client, pid or sum(name.encode()), f"pid of {name}", self.now)
         return client
 
     def run(self) -> None:
@@ -57,7 +80,21 @@ class World:
                         registry.memory_closed(generation, self.now)
                     case Ring(claim):
                         self.rung.append(claim)
-        registry.table.take_dirty()
+        self.journal.commit(self.now)
+
+    def restart(self) -> None:
+        """Another agent: all it knows is what was recorded. All processes live, and come back at once."""
+        records = self.records.decoded()
+        self.registry = Registry()
+        self.journal = Journal(self.records, self.registry)
+        found = recover(records, self.registry, self.journal, self.now, lambda pid, started: None)
+        assert not found.dead
+        for session in found.living:
+            self.registry.client_rejoined(session.client)
+        for publication in list(self.registry.publications.values()):
+            if publication.recovering:
+                self.registry.recovered(publication.generation, self.now)
+        self.run()
 
     def _who(self, client: bytes, thread: int, timeout: float) -> dict:
         record = self.registry.table.clients[client]

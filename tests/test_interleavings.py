@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from registry_world import World
 
 from etha.tensor_bus.claims import (
-    Claim,
+    ClaimId,
     Import,
     Lease,
     Phase,
@@ -27,9 +27,9 @@ class Model:
 
     version: int = 0
     torn: bool = False
-    writer: Update | None = None
+    writer: ClaimId | None = None
     writes: int = 0
-    leases: dict[Claim, tuple[int, int]] = field(default_factory=dict)
+    leases: dict[ClaimId, tuple[int, int]] = field(default_factory=dict)
 
 
 class Interleavings(RuleBasedStateMachine):
@@ -63,14 +63,14 @@ class Interleavings(RuleBasedStateMachine):
                 if claim.revoke and claim.deadline <= self.world.now:
                     model.leases.clear()
                 assert not model.leases, "a writer beside a lease"
-                model.writer = claim
+                model.writer = claim.id
                 model.writes += 1
             elif isinstance(claim, Lease):
                 assert model.writer is None, "a lease while it is written"
                 assert not model.torn, "a lease on torn bytes"
                 assert claim.version == model.version
                 assert claim.satisfied_by(model.version)
-                model.leases[claim] = (model.version, model.writes)
+                model.leases[claim.id] = (model.version, model.writes)
         self.seen = len(self.world.granted)
 
     def alive(self, client: bytes) -> bool:
@@ -95,7 +95,8 @@ class Interleavings(RuleBasedStateMachine):
         model = self.model[name]
         if model.writer is None or not self.alive(self.owners[name]):
             return
-        writer, model.writer = model.writer, None
+        writer = self.world.registry.table.claims[model.writer]
+        model.writer = None
         model.torn = not good
         if good:
             model.version += 1
@@ -108,7 +109,8 @@ class Interleavings(RuleBasedStateMachine):
     def withdraw(self, name: str) -> None:
         model = self.model[name]
         if model.writer is not None and self.alive(self.owners[name]):
-            writer, model.writer = model.writer, None
+            writer = self.world.registry.table.claims[model.writer]
+            model.writer = None
             self.world.release(writer)
             self.follow()
 
@@ -142,11 +144,11 @@ class Interleavings(RuleBasedStateMachine):
     @precondition(lambda self: any(model.leases for model in self.model.values()))
     @rule(which=st.integers(0, 1 << 16))
     def release(self, which: int) -> None:
-        out = [claim for model in self.model.values() for claim in model.leases]
+        out = [claim_id for model in self.model.values() for claim_id in model.leases]
         if not out:
             return
-        claim = out[which % len(out)]
-        del self.model[claim.name].leases[claim]
+        claim = self.world.registry.table.claims[out[which % len(out)]]
+        del self.model[claim.name].leases[claim.id]
         self.world.release(claim)
         self.follow()
 
@@ -164,10 +166,18 @@ class Interleavings(RuleBasedStateMachine):
             return
         self.dead.add(client)
         for name, model in self.model.items():
-            model.leases = {c: held for c, held in model.leases.items() if c.client != client}
+            model.leases = {c: held for c, held in model.leases.items() if c[0] != client}
             if self.owners[name] == client:
                 model.writer = None
         self.world.die(client)
+        self.follow()
+
+    @rule()
+    def restart(self) -> None:
+        """Who waited does not any more: it would ask again. Everything else is as it was."""
+        self.world.restart()
+        known = self.world.registry.publications
+        self.publications = {name: known.get(each.generation, each) for name, each in self.publications.items()}
         self.follow()
 
     @invariant()
@@ -178,8 +188,8 @@ class Interleavings(RuleBasedStateMachine):
                 assert publication.phase is Phase.DEAD
                 assert not [c for c in publication.queue if isinstance(c, Lease)]
                 continue
-            assert set(publication.leases.values()) == set(model.leases)
-            assert publication.update is model.writer
+            assert set(publication.leases) == set(model.leases)
+            assert (publication.update and publication.update.id) == model.writer
             assert publication.version == model.version
             assert publication.writes == model.writes
             torn = publication.phase is Phase.TORN
@@ -243,8 +253,9 @@ def run_at_random(rng: random.Random, steps: int) -> None:
         lambda: machine.release(rng.randrange(1 << 16)),
         lambda: machine.pass_time(rng.choice((0.5, 1.0))),
         lambda: machine.die(rng.randrange(40)),
+        machine.restart,
     ]
-    weights = (4, 3, 1, 2, 6, 4, 2, 1)
+    weights = (4, 3, 1, 2, 6, 4, 2, 1, 1)
     for _ in range(steps):
         rng.choices(moves, weights)[0]()
         for check in _CHECKS:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
+from box import until
 from harness import Agent, Raised, Worker
+
+from etha.tensor_bus.command_queue import CommandQueue
+from etha.tensor_bus.ipc.process import process_state
+from etha.tensor_bus.paths import agent_paths
+from etha.tensor_bus.records import SCHEMA
 
 
 def raises(kind: str) -> AbstractContextManager:
@@ -169,3 +179,102 @@ def test_a_clean_stop_is_an_upgrade(owner: Worker, reader: Worker, restart, agen
     start_agent()
     reader.do("lease.check(); lease.release()")
     owner.do("with policy.update(timeout=10): pass")
+
+
+def stop(worker: Worker) -> None:
+    worker.kill(signal.SIGSTOP)
+    until(lambda: process_state(worker.pid) == "stopped")
+
+
+def test_a_reader_that_stands_still_meanwhile_is_waited_for_and_named(owner: Worker, reader: Worker, restart):
+    reader.do("lease = policy.read()")
+    stop(reader)
+    restart()
+    with raises("LeaseTimeout") as caught:
+        owner.do("with policy.update(timeout=0.2): pass")
+    assert f"pid {reader.pid}" in caught.value.holder
+    reader.kill(signal.SIGCONT)
+    reader.do("lease.check(); lease.release()")
+    owner.do("with policy.update(timeout=20): weights.fill_(3)")
+    assert reader.do("with policy.read() as w: v = (w.version, w['weights'][0].item())\nv") == (1, 3.0)
+
+
+def test_an_owner_that_stands_still_in_its_update_goes_on_in_it(owner: Worker, reader: Worker, restart):
+    owner.do("update = policy.update(); update.__enter__(); weights.fill_(4); None")
+    stop(owner)
+    restart()
+    with raises("LeaseTimeout") as caught:
+        reader.do("policy.read(timeout=0.2)")
+    assert f"pid {owner.pid}" in caught.value.holder
+    owner.kill(signal.SIGCONT)
+    owner.do("update.__exit__(None, None, None)")
+    assert reader.do("with policy.read(timeout=20) as w: v = (w.version, w['weights'][0].item())\nv") == (1, 4.0)
+
+
+MANY = """
+base = torch.zeros(125, 8).share_memory_()
+many = [client.register_tensors(f"{os.getpid()} {n}", {"x": base[n]}) for n in range(125)]
+"""
+
+
+def test_a_thousand_commands_that_wait_are_served(agent, start_worker, restart, request):
+    workers = [start_worker() for _ in range(8)]
+    for worker in workers:
+        worker.say(MANY)
+    for worker in workers:
+        worker.hear()
+    restart.kill()
+    for worker in workers:
+        assert worker.do("{p.publish() for _ in range(3) for p in many}") == {1, 2, 3}
+    queue = CommandQueue(agent_paths(0))
+    request.addfinalizer(queue.close)
+    waiting = [sequence for client in queue.clients() for sequence, _ in queue.commands_of(client, 125)]
+    assert len(waiting) == 1000  # of three that each publication saw, one
+    restart.start()
+    reader = start_worker()
+    for worker in workers:
+        reader.do(
+            f"for n in range(0, 125, 31): client.subscribe(f'{worker.pid} {{n}}').read(version=3, timeout=20).release()"
+        )
+    reader.do("client.close()")
+    for worker in workers:
+        worker.do("client.close()")
+
+
+NEWER = f"""
+import sys
+import etha.tensor_bus.agent
+for module in list(sys.modules.values()):
+    if module.__name__.startswith("etha.") and hasattr(module, "SCHEMA"):
+        module.SCHEMA = {SCHEMA} + int(sys.argv[1])
+from etha.errors import VersionMismatch
+try:
+    etha.tensor_bus.agent.TensorBusAgent()
+except VersionMismatch as error:
+    print(error.message)
+"""
+
+
+@pytest.mark.parametrize("by", [-1, 1])
+@pytest.mark.parametrize("lock", ["there", "gone"])
+def test_an_agent_of_another_schema_refuses_and_touches_nothing(
+    owner: Worker, reader: Worker, restart, runtime: Path, by: int, lock: str
+):
+    reader.do("lease = policy.read()")
+    restart.kill()
+    paths = agent_paths(0)
+    if lock == "gone":
+        os.unlink(paths.lock)
+    before = {path.name: path.read_bytes() for path in runtime.iterdir() if path.is_file()}
+    command = [sys.executable, "-c", NEWER, str(by)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert str(SCHEMA) in done.stdout, done.stderr
+    assert str(SCHEMA + by) in done.stdout
+    after = {path.name: path.read_bytes() for path in runtime.iterdir() if path.is_file()}
+    readers = {name for name in after if name.endswith("-lock")}  # LMDB's own table of who reads
+    assert {name: data for name, data in after.items() if name not in readers} == {
+        name: data for name, data in before.items() if name not in readers
+    }
+    restart.start()
+    reader.do("lease.check(); lease.release()")
+    owner.do("with policy.update(timeout=20): pass")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -73,7 +73,13 @@ class Recovered(NamedTuple):
     dead: dict[bytes, ClientRecord]
 
 
-def recover(records: Mapping[bytes, Any], registry: Registry, journal: Journal, now: float) -> Recovered:
+def recover(
+    records: Mapping[bytes, Any],
+    registry: Registry,
+    journal: Journal,
+    now: float,
+    known: Callable[[int, int], Peer] = Peer.known,
+) -> Recovered:
     """Fill an empty registry, and tell the journal what is recorded already.
 
     Args:
@@ -81,16 +87,25 @@ def recover(records: Mapping[bytes, Any], registry: Registry, journal: Journal, 
         registry: of the new agent; nobody has connected yet.
         journal: of the new agent.
         now: ``CLOCK_BOOTTIME`` seconds.
+        known: finds the process of a pid and a start time; raises `ProcessLookupError` where that is dead.
     """
-    return _Recovery(records, registry, journal, now).run()
+    return _Recovery(records, registry, journal, now, known).run()
 
 
 class _Recovery:
-    def __init__(self, records: Mapping[bytes, Any], registry: Registry, journal: Journal, now: float) -> None:
+    def __init__(
+        self,
+        records: Mapping[bytes, Any],
+        registry: Registry,
+        journal: Journal,
+        now: float,
+        known: Callable[[int, int], Peer],
+    ) -> None:
         self._records = records
         self._registry = registry
         self._journal = journal
         self._now = now
+        self._known = known
         self._kinds: dict[type[msgspec.Struct], dict[bytes, Any]] = defaultdict(dict)
         for key, record in records.items():
             self._kinds[type(record)][key] = record
@@ -120,7 +135,7 @@ class _Recovery:
         self._registry.table.clients[client] = known
         self._registry.table.dirty.clients.add(client)
         try:
-            peer = Peer.known(record.pid, record.started)
+            peer = self._known(record.pid, record.started)
         except ProcessLookupError:
             found.dead[client] = record
             return
