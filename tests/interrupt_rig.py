@@ -86,6 +86,13 @@ class Rig:
     def do_publish(self) -> None:
         self.own.publish()
 
+    def do_rebind(self) -> None:
+        self.own.rebind({"x": shared()}, timeout=5)
+
+    def do_suspend_and_resume(self) -> None:
+        self.own.suspend(timeout=5)
+        self.own.resume({"x": shared()}, timeout=5)
+
     def do_register(self) -> None:
         self.fresh = self.client.register_tensors("fresh", {"x": shared()}, timeout=5)
 
@@ -111,6 +118,11 @@ class Rig:
         if self.fresh is not None:
             assert outcome(lambda: self.fresh.close(timeout=5), 5) is None
             self.fresh = None
+        # What a call that was interrupted in the middle of a move says to do.
+        if self.own._suspended is not None:
+            assert outcome(lambda: self.own.resume({"x": shared()}, timeout=5), 5) is None
+        if self.own._shared._doubtful:
+            assert outcome(lambda: self.own.rebind({"x": shared()}, timeout=5), 5) is None
         for publication in (self.own, self.policy):
             assert outcome(lambda p=publication: write_once(p, 0), 0) == publication.version
         assert outcome(self.own.publish, 0) == self.own.version

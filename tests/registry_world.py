@@ -8,14 +8,16 @@ import itertools
 from etha.errors import (
     EthaError,
 )
-from etha.tensor_bus.claim_table import CloseMemory, Failed, Granted, OpenMemory, Ring
+from etha.tensor_bus.claim_table import AskUnmap, CloseMemory, Failed, Granted, MoveMemory, OpenMemory, Ring
 from etha.tensor_bus.claims import (
     Claim,
     Closing,
     Import,
     Lease,
     Publication,
+    Rebinding,
     Registration,
+    Suspending,
     Update,
     command_number,
 )
@@ -58,6 +60,7 @@ class World:
         self.granted: list[Claim] = []
         self.failed: dict[Claim, EthaError] = {}
         self.rung: list[Import] = []
+        self.asked: list[Lease] = []
 
     def client(self, name: str, pid: int | None = None) -> bytes:
         client = name.encode().ljust(16, b".")
@@ -78,6 +81,10 @@ class World:
                         registry.opened(generation, self.now)
                     case CloseMemory(generation):
                         registry.memory_closed(generation, self.now)
+                    case MoveMemory(generation):
+                        registry.rebound(generation, self.now)
+                    case AskUnmap(claim):
+                        self.asked.append(claim)
                     case Ring(claim):
                         self.rung.append(claim)
         self.journal.commit(self.now)
@@ -162,6 +169,35 @@ class World:
         self.registry.claim(claim, self.now)
         self.run()
         return claim
+
+    def suspend(self, client, publication, update: Update, timeout=9.0) -> Suspending:
+        claim = Suspending(
+            **self._who(client, update.actor[1], timeout),
+            number=command_number(next(self.numbers)),
+            name=publication.name,
+            generation=publication.generation,
+            update=update.number,
+        )
+        self.registry.suspend(claim, self.now)
+        self.run()
+        return claim
+
+    def rebind(self, client, publication, update: Update, timeout=9.0) -> Rebinding:
+        claim = Rebinding(
+            **self._who(client, update.actor[1], timeout),
+            number=command_number(next(self.numbers)),
+            name=publication.name,
+            generation=publication.generation,
+            update=update.number,
+            manifest=EMPTY,
+        )
+        self.registry.rebind(claim, self.now)
+        self.run()
+        return claim
+
+    def unmap(self, claim: Import) -> None:
+        self.registry.unmapped(claim.client, claim.number, self.now)
+        self.run()
 
     def publish(self, client, publication, update: Update | None = None, version: int | None = None) -> None:
         self.registry.publish(

@@ -43,8 +43,10 @@ OPERATIONS = [
     "publish",
     "read",
     "read_that_times_out",
+    "rebind",
     "register",
     "subscribe",
+    "suspend_and_resume",
     "update",
     "update_that_fails",
 ]

@@ -7,6 +7,7 @@ from registry_world import EMPTY, World
 
 from etha.errors import (
     DeadlockError,
+    InvalidArgument,
     LeaseTimeout,
     MappingTimeout,
     NameTaken,
@@ -452,3 +453,92 @@ def test_deadlines_of_the_granted_do_not_pile_up(world, owner):
         world.publish(owner, w, update)
         world.release(waiting)
     assert len(world.registry.table._deadlines) < 200
+
+
+# -- memory that moves -------------------------------------------------------------------------------------------------
+
+
+def test_a_suspending_waits_for_every_mapping_and_wakes_who_waits(world, owner):
+    a, b, w = world.client("a"), world.client("b"), world.publication()
+    ours, theirs = world.subscribe(a), world.subscribe(b)
+    waiting = world.read(a, w, minimum=1)
+    update = world.update(owner, w)
+    suspending = world.suspend(owner, w, update)
+    assert world.asked == [waiting]
+    assert set(world.rung) >= {ours, theirs}
+    world.unmap(ours)
+    assert not suspending.granted
+    again = world.read(a, w, minimum=1)
+    assert again not in world.asked
+    asked = world.read(b, w)
+    assert world.asked[-1] is asked
+    world.unmap(theirs)
+    assert suspending.granted
+    assert w.suspended
+    assert not w.memory_open
+    rebinding = world.rebind(owner, w, update)
+    assert rebinding.granted
+    assert (w.layout, w.suspended, w.memory_open) == (2, False, True)
+    world.publish(owner, w, update)
+    assert again.version == 1
+
+
+def test_a_suspending_that_is_too_late_names_who_has_it_mapped_and_changes_nothing(world, owner):
+    reader, w = reader_of(world, "reader"), world.publication()
+    update = world.update(owner, w)
+    suspending = world.suspend(owner, w, update, timeout=1.0)
+    world.pass_time(1.0)
+    error = world.failed[suspending]
+    assert isinstance(error, MappingTimeout)
+    assert error.holder == "pid of reader"
+    world.release(update)
+    assert world.read(reader, w).version == 0
+
+
+def test_memory_moves_only_within_its_own_update(world, owner):
+    w = world.publication()
+    update = world.update(owner, w)
+    world.release(update)
+    assert isinstance(world.failed[world.rebind(owner, w, update)], InvalidArgument)
+    assert isinstance(world.failed[world.suspend(owner, w, update)], InvalidArgument)
+    stranger = world.client("stranger")
+    assert isinstance(world.failed[world.suspend(stranger, w, update)], NotOwner)
+
+
+def test_what_is_suspended_cannot_be_published_and_can_be_closed(world, owner):
+    reader, w = reader_of(world, "reader"), world.publication()
+    update = world.update(owner, w)
+    suspending = world.suspend(owner, w, update)
+    world.unmap(next(iter(w.imports.values())))
+    assert suspending.granted
+    with pytest.raises(InvalidArgument):
+        world.publish(owner, w, update)
+    late = world.read(reader, w)
+    world.release(update)
+    assert not late.granted
+    closing = world.close(owner, w)
+    assert closing.granted
+    assert isinstance(world.failed[late], PublicationClosed)
+
+
+def test_the_oldest_layout_is_that_of_the_slowest_reader(world, owner):
+    a, b, w = world.client("a"), world.client("b"), world.publication()
+    old = world.subscribe(a)
+    update = world.update(owner, w)
+    world.rebind(owner, w, update)
+    world.publish(owner, w, update)
+    assert world.subscribe(b).layout == 2
+    assert w.oldest_layout == 1
+    world.unmap(old)
+    assert w.oldest_layout == 2
+
+
+def test_an_owner_that_dies_while_its_memory_moves(world, owner):
+    reader_of(world, "reader")
+    w = world.publication()
+    update = world.update(owner, w)
+    suspending = world.suspend(owner, w, update)
+    world.die(owner)
+    assert suspending in world.failed
+    assert w.phase is Phase.DEAD
+    assert "w" not in world.registry.names

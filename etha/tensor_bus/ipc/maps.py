@@ -149,7 +149,9 @@ class OwnRegions:
         Raises:
             OSError: no descriptor is left, or /proc is hidden.
         """
-        self._fd = os.open("/proc/self/maps", os.O_RDONLY | os.O_CLOEXEC)
+        self._fds: list[int] = []
+        # Opened and put on record in one call, so that an interrupt finds either nothing or both.
+        self._fds.extend(map(os.open, ("/proc/self/maps",), (os.O_RDONLY | os.O_CLOEXEC,)))
         self._answers = True
         self._table: RegionTable | None = None
         self._query = bytearray(_QUERY.size)
@@ -169,7 +171,7 @@ class OwnRegions:
             self._query, 0, _QUERY.size, _WANTED, address, *(0,) * 8, _NAME_BYTES, 0, ctypes.addressof(self._name), 0
         )
         try:
-            fcntl.ioctl(self._fd, _PROCMAP_QUERY, self._query)
+            fcntl.ioctl(self._fds[0], _PROCMAP_QUERY, self._query)
         except OSError as error:
             self._answers = error.errno == errno.ENOENT  # anything else is a kernel that does not know the question
             return None
@@ -185,5 +187,13 @@ class OwnRegions:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        fd, self._fd = self._fd, -1
-        os.close(fd)
+        self._close()
+
+    def _close(self) -> None:
+        while self._fds:
+            fd = self._fds[-1]
+            del self._fds[-1]
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self._close()
