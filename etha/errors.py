@@ -118,7 +118,7 @@ class NoAgent(AgentError, ConnectionError):
 
 
 class AgentGone(AgentError, ConnectionError):
-    """The agent that served this client has died or was stopped."""
+    """The agent that served this client has ended, and none has followed within the call's timeout."""
 
 
 class AgentStopped(AgentError, ConnectionError):

@@ -45,6 +45,7 @@ class Rig:
             self.prepared(name)()
         self.mend()
         self.descriptors = descriptors()
+        self.spare = ENVIRONMENT_DESCRIPTORS
 
     def prepared(self, name: str) -> Callable[[], None]:
         """An operation whose preparations are done."""
@@ -151,8 +152,12 @@ class Rig:
         # An interrupt between LMDB's opening of a file and the note of it keeps that file open, once per path, until
         # the
         # process ends; the next client of the path uses it. Nothing grows with the number of interrupts.
-        spare = ENVIRONMENT_DESCRIPTORS if name == "connect" else 0
-        assert descriptors() <= self.descriptors + spare, f"{descriptors()} descriptors, {self.descriptors} before"
+        spare = self.spare if name == "connect" else 0
+        found = descriptors()
+        assert found <= self.descriptors + spare, f"{found} descriptors, {self.descriptors} before"
+        kept = max(found - self.descriptors, 0)  # they stay: what comes next begins with them
+        self.spare -= kept
+        self.descriptors += kept
 
     # -- rounds -----------------------------------------------------------------------------------
 

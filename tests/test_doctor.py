@@ -40,6 +40,9 @@ from gates import (
     with_gpus,
     without_shm,
 )
+from harness import Raised
+
+from etha.tensor_bus.ipc.process import boot_id
 
 OPEN = Behind()
 GPU_IS_HERE = any(Path("/dev").glob("nvidia*"))
@@ -295,6 +298,51 @@ def test_a_dead_agents_files(agent, start_agent):
     well(OPEN.doctor())
 
 
+def test_a_dead_agent_whose_workers_live(agent, owner, reader, start_agent):
+    """Which of them wait for a successor is told, and with the successor they go on."""
+    reader.kill()
+    reader.process.wait()
+    agent.kill()
+    agent.process.wait()
+    report = OPEN.doctor(program=WHOLE)
+    assert "survive" in report.first["means"]
+    command = shut(report, "dead agent", "broken").partition(": ")[2]
+    left = report.named("state of rank 0")
+    assert left["verdict"] == "ok"
+    assert f"pid {owner.pid}" in left["seen"]
+    assert f"pid {reader.pid}" not in left["seen"]
+    assert command == "etha agent --rank 0"
+    start_agent(*command.split()[2:])
+    owner.do("with policy.update(): pass")
+    well(OPEN.doctor())
+
+
+def test_what_a_dead_agent_of_another_schema_left(runtime: Path, start_agent):
+    other = "import etha.tensor_bus.lockfile as l; l.SCHEMA += 1; from etha.cli import main; main()"
+    with subprocess.Popen([sys.executable, "-c", other, "agent"], stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.kill()
+    remedy = shut(OPEN.doctor(), "schema", "broken")
+    command = remedy[remedy.index("rm ") :]
+    assert command == f"rm {runtime}/agent_rank0_command.lmdb*"
+    subprocess.run(["sh", "-c", command], check=True)
+    start_agent()
+    well(OPEN.doctor())
+
+
+def test_what_an_agent_of_another_boot_left(agent, runtime: Path, start_agent):
+    agent.kill()
+    agent.process.wait()
+    lock = runtime / "agent_rank0_command.lmdb.agent"
+    lock.write_text(lock.read_text().replace(boot_id(), "another"))
+    report = OPEN.doctor()
+    assert "boot" in report.first["means"]
+    shut(report, "dead agent", "broken")
+    assert [each["name"] for each in report.findings if each["name"].startswith("state of")] == []
+    start_agent()
+    well(OPEN.doctor())
+
+
 def test_a_stopped_agent(agent):
     os.kill(agent.pid, signal.SIGSTOP)
     assert os.waitpid(agent.pid, os.WUNTRACED)[0] == agent.pid
@@ -324,8 +372,11 @@ def test_a_damaged_state_kills_a_child_and_no_doctor(agent, owner, runtime: Path
     os.truncate(state, 8192)
     report = OPEN.doctor()
     shut(report, "dead agent", "broken")
+    assert "StaleHandle" in report.first["means"]
     assert report.named("state of rank 0")["verdict"] == "degraded"
     start_agent()
+    with pytest.raises(Raised, match=r"^StaleHandle:"):
+        owner.do("with policy.update(): pass")
     well(OPEN.doctor())
 
 

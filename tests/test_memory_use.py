@@ -1,24 +1,30 @@
-"""No second copy: what the box's memory does when a gibibyte is registered and read."""
+"""No second copy: what the memory of agent, owner and reader does when a gibibyte is registered and read.
+
+Measured are their anonymous pages (proc_pid_smaps(5)) and what lies in /dev/shm: a copy has to be in one of them. What
+the whole box does is measured by ``etha demo`` and by `benchmarks/latency.py`; neighbours of a test would disturb that.
+"""
 
 from __future__ import annotations
 
 import pytest
 
 METER = """
-def used():
-    fields = dict(line.split(":") for line in open("/proc/meminfo"))
-    kib = {name: int(value.split()[0]) for name, value in fields.items()}
-    return (kib["MemTotal"] - kib["MemFree"] - kib["Buffers"] - kib["Cached"] + kib["Shmem"]) * 1024
-"""
-
-WATCH = """
 import threading
-stop, peak = threading.Event(), [used()]
+
+def used():
+    shm = os.statvfs("/dev/shm")
+    total = (shm.f_blocks - shm.f_bfree) * shm.f_frsize
+    for pid in watched:
+        for line in open(f"/proc/{pid}/smaps_rollup"):
+            if line.startswith("Anonymous:"):
+                total += int(line.split()[1]) * 1024
+    return total
+
+stop = threading.Event()
 def watch():
     while not stop.wait(0.002):
         peak[0] = max(peak[0], used())
 watcher = threading.Thread(target=watch)
-watcher.start()
 """
 
 
@@ -29,8 +35,9 @@ def test_a_gibibyte_is_registered_and_read_without_a_copy(agent, start_worker, c
     for worker in (owner, reader):
         worker.do("torch.ones(1 << 20).sum().item()")
     owner.do(f"big = torch.empty({size} // 4).share_memory_(); big.fill_(1.0); None")
-    meter.do(WATCH)
-    before = meter.do("peak[0] = used(); peak[0]")
+    meter.do(f"watched = {(agent.pid, owner.pid, reader.pid)}")
+    before = meter.do("peak = [used()]; watcher.start(); peak[0]")
+    assert before > size  # every page is there
     owner.do("policy = client.register_tensors('big', {'w': big})")
     reader.do("policy = client.subscribe('big'); lease = policy.read()")
     if copying:
@@ -39,6 +46,6 @@ def test_a_gibibyte_is_registered_and_read_without_a_copy(agent, start_worker, c
     growth = meter.do("stop.set(); watcher.join(); max(peak[0], used())") - before
     assert total == size // 4
     if copying:
-        assert growth > 0.5 * size
+        assert growth > 0.9 * size
     else:
         assert growth < 0.01 * size, f"{growth} bytes"

@@ -35,7 +35,7 @@ def agent(
     """Serve one device of this box until SIGINT or SIGTERM.
 
     Prints one line when it serves, and logs to stderr. On the way out it removes its files, unless a worker is still
-    registered: then they stay, and its successor takes over. Exit status 0: it was told to stop. 1: it could not
+    registered: then they stay, and its successor takes them over. Exit status 0: it was told to stop. 1: it could not
     start.
     """
     from etha.tensor_bus.agent import TensorBusAgent

@@ -179,7 +179,7 @@ def _require_current(state_path: str, boot: str, schema: int) -> None:
         raise VersionMismatch(
             f"{state_path} has record schema {schema}, this etha {SCHEMA}.",
             resource=state_path,
-            remedy="Use the etha that its agent is of.",
+            remedy="Use the etha that its agent is of; run: etha doctor",
         )
 
 

@@ -106,9 +106,9 @@ def local_agent(device: str | torch.device = "cpu", *, timeout: float = 30.0) ->
     """Run an agent for as long as the block lasts.
 
     Leaving the block ends it (SIGTERM, after 5 s SIGKILL) and removes its files, also if a client is still open: that
-    client's next call raises `AgentGone`. A child that was forked inside of the block ends nothing by leaving it.
-    For several cells of a notebook: ``stack = contextlib.ExitStack()``, ``agent = stack.enter_context(local_agent())``
-    and, in the last one, ``stack.close()``.
+    client's next call raises `AgentGone` at its deadline. A child that was forked inside of the block ends nothing by
+    leaving it. For several cells of a notebook: ``stack = contextlib.ExitStack()``, ``agent =
+    stack.enter_context(local_agent())`` and, in the last one, ``stack.close()``.
 
     Args:
         device: what it is to serve: ``"cpu"`` or a `torch.device`.

@@ -121,7 +121,6 @@ class Publication:
         Raises:
             StorageMoved: a tensor no longer lies where it was exported; nothing was published.
             InvalidArgument: the version does not grow, or an update is under way.
-            AgentGone: there is no agent any more.
             AgentTimeout: another worker stands still with the queue in hand; ``holder`` names it.
             QueueFull: the command queue has reached its size.
         """

@@ -3,12 +3,16 @@
 Who is looked at: every agent that the path convention finds, and the rank that the command line or the environment
 names. Connecting is done by a real client. A state file may be damaged, and then kill who maps it: so each is read in
 a child of its own, and only if it begins as LMDB's do.
+
+An agent that is dead is no loss while its files are whole: what it kept for its workers is its successor's. Which of
+them live is told, and where no successor can take over, why.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 from functools import partial
 from typing import Final
 
@@ -30,8 +34,12 @@ from etha.errors import (
 )
 from etha.tensor_bus.bootstrap import agent_rank
 from etha.tensor_bus.client import TensorBusClient
-from etha.tensor_bus.lockfile import LockState, read_lock
+from etha.tensor_bus.ipc.peer import Peer
+from etha.tensor_bus.ipc.process import boot_id, pid_namespace
+from etha.tensor_bus.lockfile import LockState, LockText, another_schema, read_lock
 from etha.tensor_bus.paths import AgentPaths, agent_paths, runtime_directory
+from etha.tensor_bus.records import SCHEMA
+from etha.tensor_bus.state import ClientRecord, StateReader
 
 _FILE: Final = re.compile(r"agent_rank(\d{1,9})_(?:state\.lmdb|command\.lmdb\.agent)")
 _CONNECT_SECONDS: Final = 1.5
@@ -43,7 +51,6 @@ _NAMES: Final[dict[type[EthaError], str]] = {
     OtherNamespace: "PID namespace",
     VersionMismatch: "schema",
     AgentStopped: "stopped agent",
-    NoAgent: "dead agent",
     InvalidRecord: "lock file",
     UnsafePath: "lock file",
 }
@@ -95,14 +102,17 @@ def _examine(gate: Gate, rank: int, expected: bool) -> list[Finding]:
             return [gate.ok("there is none", "its files are gone: it has just ended")]
         start = f"etha agent --rank {rank}"
         return [gate.degraded(f"nothing serves rank {rank}", "bootstrap_client() would wait for it in vain", start)]
-    findings = [_connect(gate, rank, paths, lock)]
-    if _is_ours(paths):
-        state = Gate("agents", f"state of rank {rank}", f"reading {paths.state}")
-        findings += run([Check(state, lambda: _look(state, rank, paths), 2.0, lambda how: _damaged(state, rank, how))])
-    return findings
+    state = Gate("agents", f"state of rank {rank}", f"reading {paths.state}")
+    text = None if lock is None else lock.text
+    read: list[Finding] = []
+    if _is_ours(paths) and (text is None or (text.boot, text.schema) == (boot_id(), SCHEMA)):
+        look = Check(state, lambda: _look(state, rank, paths, lock), 2.0, lambda how: _damaged(state, rank, lock, how))
+        read = run([look])
+    damaged = any(each.name == state.name and each.verdict != "ok" for each in read)
+    return [_connect(gate, rank, paths, lock, damaged), *read]
 
 
-def _connect(gate: Gate, rank: int, paths: AgentPaths, lock: LockState | None) -> Finding:
+def _connect(gate: Gate, rank: int, paths: AgentPaths, lock: LockState | None, damaged: bool) -> Finding:
     held = lock is not None and lock.held
     try:
         with TensorBusClient(rank, paths.command, paths.state, _CONNECT_SECONDS if held else 0.0) as client:
@@ -111,9 +121,29 @@ def _connect(gate: Gate, rank: int, paths: AgentPaths, lock: LockState | None) -
     except NoAgent as error:
         if held:
             return gate.degraded(error.message, "workers wait for it", "Run etha doctor again: it may be there by now.")
-        return _refused(gate, rank, error)
+        return _dead(gate, rank, paths, error, None if lock is None else lock.text, damaged)
     except EthaError as error:
         return _refused(gate, rank, error)
+
+
+def _dead(gate: Gate, rank: int, paths: AgentPaths, error: NoAgent, text: LockText | None, damaged: bool) -> Finding:
+    """What its successor can do with what it left."""
+    seen = f"{error.message.rstrip('.')} (NoAgent)"
+    start = f"etha agent --rank {rank}"
+    if text is not None and text.boot != boot_id():
+        means = "it is of an earlier boot, and what its files name went with that"
+        return gate._replace(name="dead agent").broken(seen, means, f"{start}  # which deletes them")
+    if text is not None and text.schema != SCHEMA:
+        seen = f"{another_schema(paths.command, text.schema).message.rstrip('.')} (VersionMismatch)"
+        means = "an agent of this etha does not start here: workers of that version may live, and wait for theirs"
+        remedy = f"Start an agent of that version; or, once its workers have ended: rm {shlex.quote(paths.command)}*"
+        return gate._replace(name="schema").broken(seen, means, remedy)
+    means = (
+        "a successor starts from nothing: workers that live get StaleHandle, and must make new clients"
+        if damaged
+        else "calls of its workers wait for a successor, each to its timeout; publications, leases and versions survive"
+    )
+    return gate._replace(name="dead agent").broken(seen, means, f"Start it again: {start}")
 
 
 def _refused(gate: Gate, rank: int, error: EthaError) -> Finding:
@@ -123,8 +153,6 @@ def _refused(gate: Gate, rank: int, error: EthaError) -> Finding:
 
 
 def _means(error: EthaError) -> str:
-    if isinstance(error, NoAgent):
-        return "it left its files behind; workers that wait for it go on when it is started again"
     if isinstance(error, AgentStopped):
         return "its workers wait to their deadlines; nothing is lost"
     return "this process cannot use this agent"
@@ -132,8 +160,6 @@ def _means(error: EthaError) -> str:
 
 def _remedy(rank: int, error: EthaError) -> str:
     match error:
-        case NoAgent():
-            return f"Start it again: etha agent --rank {rank}"
         case AgentStopped():
             return error.remedy or "See: etha status"
         case OtherUser():
@@ -159,15 +185,44 @@ def _is_ours(paths: AgentPaths) -> bool:
         return False
 
 
-def _look(gate: Gate, rank: int, paths: AgentPaths) -> list[Finding]:
+def _look(gate: Gate, rank: int, paths: AgentPaths, lock: LockState | None) -> list[Finding]:
     view = look(rank, paths.state)
     if view.condition == "unreadable":
-        return [_damaged(gate, rank, f"{view.problem}")]
+        return [_damaged(gate, rank, lock, f"{view.problem}")]
     hidden = sorted({each.memory for each in view.publications if each.memory.startswith("hidden by ")})
     seen = f"{view.condition}, schema {view.schema}, {len(view.workers)} workers, {len(view.publications)} publications"
+    if view.condition == "dead":
+        return [_left(gate, seen, paths, lock)]
     if hidden:
         return [_hidden(gate, view, hidden[0])]
     return [gate.ok(seen, "etha status shows it")]
+
+
+def _left(gate: Gate, seen: str, paths: AgentPaths, lock: LockState | None) -> Finding:
+    """What a dead agent left, whole; who of its workers would go on with a successor."""
+    if lock is None or lock.text is None or lock.text.namespace != pid_namespace():
+        return gate.ok(seen, "a successor takes it over")
+    living = _living(paths)
+    if not living:
+        return gate.ok(f"{seen}; none of the workers lives", "none of them waits for a successor")
+    return gate.ok(f"{seen}; of the workers live: {', '.join(living)}", "a successor takes over what is theirs")
+
+
+def _living(paths: AgentPaths) -> list[str]:
+    """The recorded workers that live, as a successor would find them."""
+    reader = StateReader(paths.state)
+    try:
+        records: list[ClientRecord] = list(reader.snapshot((ClientRecord,))[ClientRecord].values())
+    finally:
+        reader.close()
+    living = []
+    for record in records:
+        try:
+            Peer.known(record.pid, record.started).close()
+        except ProcessLookupError:
+            continue
+        living.append(record.label)
+    return living
 
 
 def _hidden(gate: Gate, view: AgentView, memory: str) -> Finding:
@@ -182,11 +237,13 @@ def _hidden(gate: Gate, view: AgentView, memory: str) -> Finding:
     )
 
 
-def _damaged(gate: Gate, rank: int, how: str) -> Finding:
+def _damaged(gate: Gate, rank: int, lock: LockState | None, how: str) -> Finding:
+    start = f"etha agent --rank {rank}"
+    lives = lock is not None and lock.held
     return gate.degraded(
         f"it cannot be read: {how}",
-        "etha status cannot show it, and a reader of it may die",
-        f"Start its agent again: etha agent --rank {rank}",
+        "etha status cannot show it, and a reader of it may die; a new agent sets it aside and starts from nothing",
+        f"End its agent, and start it again: {start}" if lives else f"Start its agent again: {start}",
     )
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 import select
 import shutil
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final, NamedTuple
 
 import msgspec
@@ -90,19 +89,32 @@ def _judge(kind: str, steps: list[Step], ended: Ended) -> Finding:
 
 def _look() -> list[Finding]:
     throwaway.adopt_orphans()
-    with _directory() as directory:
-        # torch's helper for shared memory makes a directory there, and should it be killed, leaves it.
-        if len(os.fsencode(directory)) + _SOCKET_OF_TORCH < _SUN_PATH_MAX:
-            os.environ["TMPDIR"] = directory
-        log = os.path.join(directory, "log")
-        pids: list[int] = []
-        with open(log, "wb") as stderr:
-            try:
-                steps, how, silence = _exchange(directory, stderr.fileno(), pids)
-            finally:
-                throwaway.end_all(pids, _GRACE_SECONDS)
-        with open(log, errors="replace") as file:
-            return judge(steps, Ended(how, silence, file.read()[-_TAIL:]))
+    # The SIGTERM that ends this check would come between making the directory and being ready to remove it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+    try:
+        directory = _make_directory()
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            return _look_in(directory)
+        finally:
+            shutil.rmtree(directory)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _look_in(directory: str) -> list[Finding]:
+    # torch's helper for shared memory makes a directory there, and should it be killed, leaves it.
+    if len(os.fsencode(directory)) + _SOCKET_OF_TORCH < _SUN_PATH_MAX:
+        os.environ["TMPDIR"] = directory
+    log = os.path.join(directory, "log")
+    pids: list[int] = []
+    with open(log, "wb") as stderr:
+        try:
+            steps, how, silence = _exchange(directory, stderr.fileno(), pids)
+        finally:
+            throwaway.end_all(pids, _GRACE_SECONDS)
+    with open(log, errors="replace") as file:
+        return judge(steps, Ended(how, silence, file.read()[-_TAIL:]))
 
 
 def _exchange(directory: str, stderr: int, pids: list[int]) -> tuple[list[Step], str | None, float]:
@@ -130,15 +142,6 @@ def _read_all(fd: int, deadline: float) -> tuple[bytes, float, bool]:
             return data, time.monotonic() - heard, True
         data, heard = data + chunk, time.monotonic()
     return data, time.monotonic() - heard, False
-
-
-@contextmanager
-def _directory() -> Iterator[str]:
-    directory = _make_directory()
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory)
 
 
 def _make_directory() -> str:
