@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import select
+from itertools import chain
 
 
 class Bell:
@@ -22,7 +23,7 @@ class Bell:
 
     def __init__(self, seen: int) -> None:
         self.seen = seen
-        self._pipes: list[tuple[int, int]] = []
+        self._pipe: list[int] = []
         self._epoll = select.epoll()
 
     def fileno(self) -> int:
@@ -37,44 +38,44 @@ class Bell:
 
     def renew(self) -> int:
         """Make a pipe for an agent, instead of the one before; its write end, which stays this object's."""
-        if self._pipes and self._epoll is not None:
-            self._epoll.unregister(self._pipes[0][0])
-        self._close_pipes()
+        if self._pipe and self._epoll is not None:
+            self._epoll.unregister(self._pipe[0])
+        self._close_pipe()
         # Made and put on record in one call, so that an interrupt finds either nothing or both.
-        self._pipes.extend(map(os.pipe2, (os.O_CLOEXEC | os.O_NONBLOCK,)))
-        reading, writing = self._pipes[0]
+        self._pipe.extend(chain.from_iterable(map(os.pipe2, (os.O_CLOEXEC | os.O_NONBLOCK,))))
         if self._epoll is not None:
-            self._epoll.register(reading, select.EPOLLIN)
-        return writing
+            self._epoll.register(self._pipe[0], select.EPOLLIN)
+        return self._pipe[1]
 
     def hand_over(self) -> None:
         """The agent has the write end: close ours, so that its death is the end of the pipe."""
-        if self._pipes:
-            reading, writing = self._pipes[0]
-            self._pipes[0] = (reading, -1)
-            if writing >= 0:
-                os.close(writing)
+        if len(self._pipe) > 1:
+            self._close_last()
 
     def silence(self) -> None:
         """Take the readiness away."""
-        if self._pipes:
+        if self._pipe:
             try:
-                os.read(self._pipes[0][0], 64)
+                os.read(self._pipe[0], 64)
             except BlockingIOError:
                 return
 
     def close(self) -> None:
         """Close everything; idempotent. Also what a forked child does with what it inherited."""
-        self._close_pipes()
+        self._close_pipe()
         epoll, self._epoll = self._epoll, None
         if epoll is not None:
             epoll.close()
 
-    def _close_pipes(self) -> None:
-        while self._pipes:
-            for fd in self._pipes.pop():
-                if fd >= 0:
-                    os.close(fd)
+    def _close_pipe(self) -> None:
+        while self._pipe:
+            self._close_last()
+
+    def _close_last(self) -> None:
+        # Forgotten and closed with no call in between: an interrupt loses neither.
+        fd = self._pipe[-1]
+        del self._pipe[-1]
+        os.close(fd)
 
     def __del__(self) -> None:
         if self._epoll is not None:
