@@ -6,7 +6,6 @@ The agent's memory, both LMDB files and the calls of a client of its own are loo
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -71,11 +70,10 @@ def soak(
             progress.update(bar, completed=plan.warm + sample.moment, description=text, refresh=True)
 
         try:
-            found = run(plan, told)
-        except (RuntimeError, TimeoutError) as error:
+            made = report(plan, before, run(plan, told))
+        except (RuntimeError, TimeoutError, ValueError) as error:
             progress.console.print(Text(str(error), "red"))
             raise typer.Exit(1) from error
-    made = report(plan, before, os.getloadavg(), found)
     console = Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
     console.print(table(made))
     console.print(Text(f"after the last goodbye: {made.verdicts['afterwards']}"))

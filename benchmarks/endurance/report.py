@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Final
 
@@ -17,9 +18,9 @@ from endurance.samples import Bin, Sample, bins
 from endurance.verdict import ENOUGH, RATIO, SLOPE, Judged, judge
 
 METHOD: Final = (
-    f"The judged time is cut into tenths. Flat: the last is at most {RATIO} times the first (medians; of calls, the"
-    f" 99th percentiles), and memory and files grow by at most {SLOPE} byte per command (least squares; judged from"
-    f" {ENOUGH} commands on). Times are in seconds, sizes in bytes. 'floor' is a ping-pong without etha"
+    f"What was looked at is cut into tenths, in order. Flat: the last is at most {RATIO} times the first (medians; of"
+    f" calls, the 99th percentiles), and memory and files grow by at most {SLOPE} byte per command (least squares;"
+    f" judged from {ENOUGH} commands on). Times are in seconds, sizes in bytes. 'floor' is a ping-pong without etha"
     " between the same calls: it says what the machine did."
 )
 
@@ -59,8 +60,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     series: tuple[Bin, ...]
 
 
-def report(plan: Plan, machine: Machine, load_after: tuple[float, float, float], found: Found) -> Report:
-    """Judge a run.
+def report(plan: Plan, machine: Machine, found: Found) -> Report:
+    """Judge a run that has just ended.
 
     Raises:
         ValueError: it was too short to be judged.
@@ -81,7 +82,7 @@ def report(plan: Plan, machine: Machine, load_after: tuple[float, float, float],
         plan=plan,
         commands=commands,
         machine=machine,
-        load_after=load_after,
+        load_after=os.getloadavg(),
         flat=all(each.flat for each in judged) and not left_behind(found),
         verdicts=verdicts,
         judged=judged,

@@ -1,14 +1,15 @@
 """What may grow, and by how much.
 
-The judged time is cut into tenths. Of what the agent uses, a tenth's value is its median; of the probe's calls, their
-99th percentile. Flat means: the last tenth is at most `RATIO` times the first, and memory and files grow by at most
-`SLOPE` bytes per command, by the least-squares line through all samples. A slope is judged as soon as there are
-`ENOUGH` commands: before that it is that of a handful of pages.
+What was looked at in the judged time is cut into tenths, in its order. Of what the agent uses, a tenth's value is its
+median; of the probe's calls, their 99th percentile. Flat means: the last tenth is at most `RATIO` times the first, and
+memory and files grow by at most `SLOPE` bytes per command, by the least-squares line through all samples. A slope is
+judged as soon as there are `ENOUGH` commands: before that it is that of a handful of pages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Final, TypeVar
 
 import msgspec
@@ -76,7 +77,7 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True):
             return "not judged"
         if self.flat:
             return "flat"
-        grown = [f"{self.ratio:.2f} × the first tenth"] if self.ratio > RATIO else []
+        grown = [f"{self.ratio:.2f} times the first tenth"] if self.ratio > RATIO else []
         if self.slope is not None and self.slope > SLOPE:
             grown.append(f"{self.slope:.2f} bytes per command")
         return "grew: " + ", ".join(grown)
@@ -91,7 +92,7 @@ def judge(samples: Sequence[Sample], timed: Sequence[Timed], seconds: float) -> 
         seconds: the judged time.
 
     Raises:
-        ValueError: a tenth has no sample, or no call: nothing can be said of it.
+        ValueError: there are fewer than ten samples, or calls of a kind.
     """
     used = _tenths(samples, seconds)
     commands = [float(sample.commands) for tenth in used for sample in tenth]
@@ -112,13 +113,12 @@ def judge(samples: Sequence[Sample], timed: Sequence[Timed], seconds: float) -> 
 
 
 def _tenths(all_of_them: Sequence[_T], seconds: float) -> list[list[_T]]:
-    cut: list[list[_T]] = [[] for _ in range(TENTHS)]
-    for each in all_of_them:
-        if 0 <= each.moment < seconds:
-            cut[int(each.moment / seconds * TENTHS)].append(each)
-    if not all(cut):
-        raise ValueError("a tenth of the run has no sample: it was too short, or the machine stood still")
-    return cut
+    """By count, not by time: while an agent is being restarted nothing is looked at, and a tenth may be short."""
+    judged = [each for each in all_of_them if 0 <= each.moment < seconds]
+    if len(judged) < TENTHS:
+        raise ValueError(f"{len(judged)} samples cannot be cut into tenths: the run was too short")
+    edges = [len(judged) * tenth // TENTHS for tenth in range(TENTHS + 1)]
+    return [judged[low:high] for low, high in pairwise(edges)]
 
 
 def _least(unit: str) -> float:
