@@ -76,7 +76,7 @@ def soak(
             raise typer.Exit(1) from error
     console = Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
     console.print(table(made))
-    console.print(Text(f"after the last goodbye: {made.verdicts['afterwards']}"))
+    console.print(Text(f"amiss after the last goodbye: {made.verdicts['amiss']}"))
     write(output, made)
     console.print(Text(f"written: {output}"))
     if plot:

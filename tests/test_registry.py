@@ -19,6 +19,7 @@ from etha.errors import (
     VersionGone,
     VersionTimeout,
 )
+from etha.tensor_bus.claim_table import CloseMemory
 from etha.tensor_bus.claims import (
     LIVE,
     TRANSITIONS,
@@ -27,6 +28,8 @@ from etha.tensor_bus.claims import (
     ImpossibleTransition,
     Phase,
     Publication,
+    Rebinding,
+    Suspending,
     command_number,
     command_sequence,
 )
@@ -452,3 +455,25 @@ def test_deadlines_of_the_granted_do_not_pile_up(world, owner):
         world.publish(owner, w, update)
         world.release(waiting)
     assert len(world.registry.table._deadlines) < 200
+
+
+def test_who_subscribes_while_the_agent_closes_the_memory_waits_for_the_owners_return(world: World):
+    owner, reader = world.client("owner"), world.client("reader")
+    generation = world.register(owner).generation
+    publication = world.registry.publications[generation]
+    update = world.update(owner, publication)
+    about = {**world._who(owner, 1, 9.0), "name": publication.name, "generation": generation, "update": update.number}
+    world.registry.suspend(Suspending(**about, number=command_number(next(world.numbers))), world.now)
+    assert world.registry.table.take_effects() == [CloseMemory(generation)]
+    late = world.subscribe(reader)
+    assert not late.granted
+    world.registry.memory_closed(generation, world.now)
+    world.run()
+    assert not late.granted
+    back = Rebinding(**about, number=command_number(next(world.numbers)), manifest=EMPTY)
+    world.registry.rebind(back, world.now)
+    world.registry.rebound(generation, world.now)
+    world.run()
+    assert back in world.granted
+    assert late in world.granted
+    assert late.layout == publication.layout == 2

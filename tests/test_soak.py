@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from endurance.crew import Found
 from endurance.plan import MOVING, Plan
-from endurance.report import Report, left_behind, read
+from endurance.report import Report, amiss, read
 from endurance.samples import Sample, Timed, bins
 from endurance.verdict import ENOUGH, RATIO, SLOPE, TENTHS, Judged, judge
 
@@ -125,7 +125,7 @@ def test_fewer_than_ten_samples_are_no_evidence():
         judge([each for each in run() if each.moment < 9], calls(), SECONDS)
 
 
-def test_what_an_agent_holds_after_the_last_goodbye_is_seen():
+def test_what_an_agent_holds_after_the_last_goodbye_and_its_mistakes_are_seen():
     def found(**fields: int) -> Found:
         none = {"claims": 0, "outcomes": 0}
         return Found(
@@ -137,9 +137,10 @@ def test_what_an_agent_holds_after_the_last_goodbye_is_seen():
             after=sample(0, **{**none, **fields}),
         )
 
-    assert left_behind(found()) == ""
+    assert amiss(found()) == ""
     for name, count in {"descriptors": 2001, "claims": 1, "outcomes": 1}.items():
-        assert left_behind(found(**{name: count})) == f"1 {name} left"
+        assert amiss(found(**{name: count})) == f"1 {name} left"
+    assert amiss(found(mistakes=2)) == "2 mistakes of the agent"
 
 
 # -- plan and parts -----------------------------------------------------------------------------------
@@ -195,7 +196,7 @@ def test_some_seconds_of_it(tmp_path: Path, runtime: Path, monkeypatch: pytest.M
     report = soak(tmp_path, *options, *time)
     assert report.commands > 100
     assert bool(report.restarts) == restarts
-    assert report.verdicts["afterwards"] == "nothing is left"
+    assert report.verdicts["amiss"] == "nothing"
     done = {name for name in report.operations if ": " not in name}
     assert {"update", "publish", "look"} <= done
     used = report.series[-1].last

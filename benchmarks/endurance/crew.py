@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import Any, Final
 
 import msgspec
-from costs.processes import Box, Helper
+from costs.processes import Box, Helper, Talk
 
 from endurance.plan import Plan
 from endurance.probe import probe
@@ -73,7 +73,7 @@ class _Member(Helper):
         self.name = "the probe" if number is None else f"worker {number}"
 
 
-def _live(talk: Any, plan: Plan, number: int | None) -> None:
+def _live(talk: Talk, plan: Plan, number: int | None) -> None:
     talk.hear()
     if number is None:
         probe(talk)

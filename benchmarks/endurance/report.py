@@ -70,7 +70,7 @@ def report(plan: Plan, machine: Machine, found: Found) -> Report:
     counted = [sample.commands for sample in found.samples if sample.moment >= 0]
     commands = counted[-1] - counted[0]
     verdicts = {each.name: each.verdict for each in judged}
-    verdicts["afterwards"] = left_behind(found) or "nothing is left"
+    verdicts["amiss"] = amiss(found) or "nothing"
     restarts = f", {len(found.restarts)} restarts of the agent" if found.restarts else ""
     return Report(
         program="benchmarks/soak.py",
@@ -83,7 +83,7 @@ def report(plan: Plan, machine: Machine, found: Found) -> Report:
         commands=commands,
         machine=machine,
         load_after=os.getloadavg(),
-        flat=all(each.flat for each in judged) and not left_behind(found),
+        flat=all(each.flat for each in judged) and not amiss(found),
         verdicts=verdicts,
         judged=judged,
         operations=found.operations,
@@ -94,14 +94,15 @@ def report(plan: Plan, machine: Machine, found: Found) -> Report:
     )
 
 
-def left_behind(found: Found) -> str:
-    """What the agent still holds when every worker has said goodbye; empty for nothing."""
+def amiss(found: Found) -> str:
+    """What the agent still holds when every worker has said goodbye, and its mistakes; empty for nothing."""
     left = {
         "descriptors": found.after.descriptors - found.before.descriptors,
         "claims": found.after.claims,
         "outcomes": found.after.outcomes,
     }
-    return ", ".join(f"{count} {name} left" for name, count in left.items() if count > 0)
+    wrong = [f"{count} {name} left" for name, count in left.items() if count > 0]
+    return ", ".join(wrong + [f"{found.after.mistakes} mistakes of the agent"] * (found.after.mistakes > 0))
 
 
 def write(path: Path, made: Report) -> None:
@@ -122,8 +123,8 @@ def read(path: Path) -> Report:
 def table(made: Report) -> Table:
     """What was judged, for a terminal."""
     shown = Table(box=None, padding=(0, 1), header_style="dim", title=made.title, title_justify="left")
-    for column, justify in _COLUMNS:
-        shown.add_column(column, justify=justify)
+    for column in _COLUMNS:
+        shown.add_column(column, justify="left" if column in ("what", "verdict") else "right")
     for each in made.judged:
         shown.add_row(
             each.what,
@@ -136,14 +137,7 @@ def table(made: Report) -> Table:
     return shown
 
 
-_COLUMNS: Final = (
-    ("what", "left"),
-    ("first tenth", "right"),
-    ("last tenth", "right"),
-    ("ratio", "right"),
-    ("bytes/command", "right"),
-    ("verdict", "left"),
-)
+_COLUMNS: Final = ("what", "first tenth", "last tenth", "ratio", "bytes/command", "verdict")
 
 
 def value(number: float, unit: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from pathlib import Path
 
 from costs.resting import cpu_seconds
@@ -22,7 +23,8 @@ class Sampler:
         self._paths = agent_paths(0)
         self._state = StateReader(self._paths.state)
         self._epoch = -1
-        self._before = self._of_this_agent = 0
+        self._before: Counter[str] = Counter()
+        self._of_this_agent: dict[str, int] = {}
         self._cpu_before = 0.0
         self._pid = pid
 
@@ -33,7 +35,7 @@ class Sampler:
         found = self._state.snapshot((ClaimRecord, OutcomeRecord))
         return Sample(
             moment=time.monotonic() - self.zero,
-            commands=self._before + self._of_this_agent,
+            commands=self._counted("commands"),
             rss=memory["Rss"],
             private=memory["Private_Clean"] + memory["Private_Dirty"],
             descriptors=len(os.listdir(f"/proc/{self._pid}/fd")),
@@ -44,6 +46,7 @@ class Sampler:
             outcomes=len(found[OutcomeRecord]),
             cpu=self._cpu_before + cpu_seconds(self._pid),
             load=os.getloadavg()[0],
+            mistakes=self._counted("mistakes"),
         )
 
     def leave(self) -> None:
@@ -64,9 +67,12 @@ class Sampler:
         if agent is None:
             return
         if agent.epoch != self._epoch:
-            self._before += self._of_this_agent
+            self._before.update(self._of_this_agent)
             self._epoch = agent.epoch
-        self._of_this_agent = agent.counters.get("commands", 0)
+        self._of_this_agent = agent.counters
+
+    def _counted(self, name: str) -> int:
+        return self._before[name] + self._of_this_agent.get(name, 0)
 
 
 def _memory(pid: int) -> dict[str, int]:

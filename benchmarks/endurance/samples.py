@@ -20,6 +20,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
         descriptors, mappings: how many.
         command_file, state_file: bytes that are allocated to them (``st_blocks``).
         claims, outcomes: records of these kinds in the state LMDB.
+        mistakes: of the agents' own, by their own count, as `commands`; each is a bug.
         cpu: seconds of processor time, of all agents together.
         load: as in ``uptime``, of one minute.
     """
@@ -36,6 +37,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     outcomes: int
     cpu: float
     load: float
+    mistakes: int = 0
 
 
 class Timed(msgspec.Struct, frozen=True, array_like=True):
