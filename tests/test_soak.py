@@ -162,6 +162,16 @@ def test_parts_cover_the_run_and_keep_its_last_sample():
     assert sum(part.calls["lease"] for part in parts) == 11_000
 
 
+# -- documents ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md"])
+def test_what_was_run_is_said_where_it_is_quoted(name: str):
+    """After another run that is kept: say in both what it was, in the words of its title."""
+    text = " ".join((ROOT / name).read_text().split())
+    assert read(PROGRAM.parent / "results" / "soak.json").title in text
+
+
 # -- the program --------------------------------------------------------------------------------------
 
 

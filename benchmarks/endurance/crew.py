@@ -114,11 +114,12 @@ class _Crew:
         for member in self._workers:
             operations.update(self._hear(member))
         self._all(everyone, "leave", "left")
+        operations["probe: AgentTimeout"] = sum(call.kind == "unanswered" for call in self._timed)
         after = self._rested(before)
         return Found(
             samples=tuple(self._samples),
             timed=tuple(self._timed),
-            operations=dict(operations.most_common()),
+            operations={name: count for name, count in operations.most_common() if count},
             restarts=tuple(self._restarts),
             before=before,
             after=after,

@@ -10,12 +10,13 @@ from costs.processes import Talk, client
 from costs.tensors import parameters
 
 from endurance.samples import Timed
+from etha.errors import AgentTimeout
 
 PACE: Final = 0.05
 """Seconds between two rounds: each is a lease and a ping-pong; every other one also a registration and its close."""
 
 _BATCH: Final = 0.5
-_TIMEOUT: Final = 60.0
+_TIMEOUT: Final = 20.0
 
 
 def probe(talk: Talk) -> None:
@@ -48,7 +49,10 @@ def probe(talk: Talk) -> None:
             turn += 1
             for kind, call in kinds:
                 moment = time.monotonic()
-                call()
+                try:
+                    call()
+                except AgentTimeout:
+                    kind = "unanswered"
                 batch.append(Timed(moment, kind, time.monotonic() - moment))
             if time.monotonic() - said > _BATCH:
                 talk.say(batch)

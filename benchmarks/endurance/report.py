@@ -102,7 +102,11 @@ def amiss(found: Found) -> str:
         "outcomes": found.after.outcomes,
     }
     wrong = [f"{count} {name} left" for name, count in left.items() if count > 0]
-    return ", ".join(wrong + [f"{found.after.mistakes} mistakes of the agent"] * (found.after.mistakes > 0))
+    if found.after.mistakes:
+        wrong.append(f"{found.after.mistakes} mistakes of the agent")
+    if unanswered := sum(count for name, count in found.operations.items() if name.endswith(": AgentTimeout")):
+        wrong.append(f"{unanswered} calls that the agent did not answer in time")
+    return ", ".join(wrong)
 
 
 def write(path: Path, made: Report) -> None:

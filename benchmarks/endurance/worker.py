@@ -55,6 +55,7 @@ class Worker:
         self._names = plan.names(number)
         self._staying, self._moving = plan.staying(), plan.moving()
         self._owned = {name: self._register(name) for name in self._names}
+        self._doubtful: set[str] = set()
         self._read: list[Subscription] = []
         self.count: Counter[str] = Counter()
         weights = parameters(1)
@@ -134,14 +135,18 @@ class Worker:
     def _rebind(self) -> None:
         name, (publication, _) = self._one(self._names[:MOVING])
         fresh = parameters(_TENSORS, _BYTES)
+        self._doubtful.add(name)
         publication.rebind(fresh, TIMEOUT)
+        self._doubtful.discard(name)
         self._owned[name] = publication, fresh
 
     def _suspend(self) -> None:
         name, (publication, _) = self._one(self._names[:MOVING])
+        self._doubtful.add(name)
         publication.suspend(TIMEOUT)
         fresh = parameters(_TENSORS, _BYTES)
         publication.resume(fresh, TIMEOUT)
+        self._doubtful.discard(name)
         self._owned[name] = publication, fresh
 
     # ---------------------------------------------------------------------------------------------
@@ -152,6 +157,10 @@ class Worker:
 
     def _one(self, names: list[str]) -> tuple[str, tuple[Publication, dict[str, torch.Tensor]]]:
         name = self._chance.choice(names)
+        if self._owned[name][0].closed or name in self._doubtful:
+            self._owned[name][0].close(TIMEOUT)
+            self._owned[name] = self._register(name)
+            self._doubtful.discard(name)
         return name, self._owned[name]
 
 
