@@ -8,7 +8,7 @@ READY := .venv/ready
 EXTRAS := demo,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test stress bench lint clean
+.PHONY: help setup demo test stress bench soak lint clean
 
 help:
 	@echo 'make setup    .venv with etha (editable) and what development needs; quick when nothing changed'
@@ -17,6 +17,7 @@ help:
 	@echo 'make lint     ruff and mypy alone'
 	@echo 'make stress   the tests at their full counts: long'
 	@echo 'make bench    what each operation costs, beside its bare floor: minutes; options: make bench ARGS="--only lease"'
+	@echo 'make soak     64 workers for two hours, and whether anything grows; options: make soak ARGS="--minutes 10 --plot"'
 	@echo 'make clean    remove builds and caches; .venv stays'
 
 # Everything that an installation depends on, by content: times mean nothing after a clone or a checkout.
@@ -57,6 +58,9 @@ stress: setup
 
 bench: setup
 	$(BIN)/python benchmarks/latency.py $(or $(ARGS),--plot)
+
+soak: setup
+	$(BIN)/python benchmarks/soak.py $(or $(ARGS),--plot)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

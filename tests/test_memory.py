@@ -92,3 +92,31 @@ def test_a_mistake_in_one_result_does_not_swallow_the_others(backstage, caplog):
     backstage.results()
     assert seen == [2]
     assert "a mistake" in caplog.text
+
+
+def is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def test_what_is_fetched_too_late_is_closed_and_nothing_else(backstage, monkeypatch):
+    """Meanwhile the owner has sent some, and closed; their numbers are others' by now."""
+    go, fetched, sent = threading.Event(), os.memfd_create("fetched"), os.memfd_create("sent")
+    monkeypatch.setattr(memory, "fetch_descriptors", lambda *_: [-1, fetched] if go.wait(60) else [])
+    closed: list[int] = []
+    held = Memory(backstage, lambda *_: None, lambda *_: None, closed.append)
+    held.recover(7, b"a", 1, manifest(2), None)
+    held.arrived(b"a", 1, 0, [sent])
+    held.close(7)
+    wait_for(backstage)
+    assert closed == [7]
+    assert not is_open(sent)
+    others = os.dup2(backstage.fileno(), sent, inheritable=False)
+    go.set()
+    wait_for(backstage)
+    assert not is_open(fetched)
+    assert is_open(others)
+    os.close(others)

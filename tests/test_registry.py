@@ -20,6 +20,7 @@ from etha.errors import (
     VersionGone,
     VersionTimeout,
 )
+from etha.tensor_bus.claim_table import CloseMemory
 from etha.tensor_bus.claims import (
     LIVE,
     TRANSITIONS,
@@ -28,6 +29,8 @@ from etha.tensor_bus.claims import (
     ImpossibleTransition,
     Phase,
     Publication,
+    Rebinding,
+    Suspending,
     command_number,
     command_sequence,
 )
@@ -542,3 +545,25 @@ def test_an_owner_that_dies_while_its_memory_moves(world, owner):
     assert suspending in world.failed
     assert w.phase is Phase.DEAD
     assert "w" not in world.registry.names
+
+
+def test_who_subscribes_while_the_agent_closes_the_memory_waits_for_the_owners_return(world: World):
+    owner, reader = world.client("owner"), world.client("reader")
+    generation = world.register(owner).generation
+    publication = world.registry.publications[generation]
+    update = world.update(owner, publication)
+    about = {**world._who(owner, 1, 9.0), "name": publication.name, "generation": generation, "update": update.number}
+    world.registry.suspend(Suspending(**about, number=command_number(next(world.numbers))), world.now)
+    assert world.registry.table.take_effects() == [CloseMemory(generation)]
+    late = world.subscribe(reader)
+    assert not late.granted
+    world.registry.memory_closed(generation, world.now)
+    world.run()
+    assert not late.granted
+    back = Rebinding(**about, number=command_number(next(world.numbers)), manifest=EMPTY)
+    world.registry.rebind(back, world.now)
+    world.registry.rebound(generation, world.now)
+    world.run()
+    assert back in world.granted
+    assert late in world.granted
+    assert late.layout == publication.layout == 2

@@ -112,6 +112,16 @@ def test_numbers_of_any_size_end_nothing(desk):
     assert leaf(desk.register()) is None
 
 
+def test_a_commit_that_cannot_be_read_yet_is_looked_for_again(desk, monkeypatch):
+    """LMDB says its number a moment before a reader sees it."""
+    newest = desk.queue.last_transaction()
+    with monkeypatch.context() as within:
+        within.setattr(desk.queue, "last_transaction", lambda: newest + 1)
+        desk.service.serve(desk.session, clock.now())
+    assert desk.queue.last_transaction() == newest
+    assert leaf(desk.register()) is None
+
+
 def test_a_closing_that_came_too_late_is_named(desk):
     desk.register()
     (said,) = desk.command(commands.Close(1, 1, clock.now() - 1))

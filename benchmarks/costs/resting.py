@@ -64,7 +64,7 @@ def _look(agent: int, floor: int, files: list[Path]) -> _Look:
             os.fsync(fd)
         finally:
             os.close(fd)
-    return _Look(time.monotonic(), (_cpu_seconds(agent), _cpu_seconds(floor)), (_written(agent), _written(floor)))
+    return _Look(time.monotonic(), (cpu_seconds(agent), cpu_seconds(floor)), (_written(agent), _written(floor)))
 
 
 def _row(name: str, what: str, unit: str, looks: list[_Look], budget: Budget) -> Row:
@@ -91,7 +91,7 @@ def _row(name: str, what: str, unit: str, looks: list[_Look], budget: Budget) ->
     )
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
     """Processor time of all threads, in seconds, to the nanosecond (proc_pid_schedstat(5): the first field)."""
     return sum(int((task / "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir()) * 1e-9
 

@@ -259,8 +259,9 @@ class Publication:
 
     @property
     def open(self) -> bool:
-        """True while it may be subscribed to."""
-        return self.phase in (*RESTING, Phase.WRITING) and not (self.recovering or self.suspended)
+        """True while it may be subscribed to. While its memory is being closed there is nothing to hand out."""
+        without = self.recovering or self.suspended or self.memory_closing
+        return self.phase in (*RESTING, Phase.WRITING) and not without
 
     @property
     def brought_by(self) -> ClaimId:

@@ -227,6 +227,15 @@ class CommandQueue:
 
     def commands_of(self, client: bytes, after: int) -> list[tuple[int, bytes]]:
         """(sequence, record) of a client's commands with a sequence above ``after``, in order, copied out."""
+        return self.news_of(client, after)[1]
+
+    def news_of(self, client: bytes, after: int) -> tuple[int, list[tuple[int, bytes]]]:
+        """The transaction that was read, as `last_transaction` counts, and `commands_of` as it shows them.
+
+        `last_transaction` may be one ahead: a commit writes the meta page, from which that comes, and then the number
+        that readers begin with (LMDB's mdb.c: ``mdb_env_write_meta``, ``mdb_txn_renew0``). In between its process may
+        have to wait for a processor.
+        """
 
         def work(cursor: lmdb.Cursor) -> list[tuple[int, bytes]]:
             commands = []
@@ -238,7 +247,7 @@ class CommandQueue:
                 found = cursor.next()
             return commands
 
-        return self._read(work)
+        return self._look(work)
 
     def clients(self) -> set[bytes]:
         """Every client id of which a command stands in the queue."""
@@ -276,9 +285,12 @@ class CommandQueue:
             raise fault(self.path, error) from error
 
     def _read(self, work: Callable[[lmdb.Cursor], T]) -> T:
+        return self._look(work)[1]
+
+    def _look(self, work: Callable[[lmdb.Cursor], T]) -> tuple[int, T]:
         try:
             with self._environment, self._env.begin() as transaction, transaction.cursor() as cursor:
-                return work(cursor)
+                return transaction.id(), work(cursor)
         except lmdb.Error as error:
             raise fault(self.path, error) from error
 

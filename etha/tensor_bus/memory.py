@@ -244,13 +244,13 @@ class Memory:
     def _fetched(self, generation: int, held: Held, found: object) -> None:
         if not isinstance(found, list):
             return  # its owner has died, or will send them
-        for place, fd in enumerate(found):
-            if fd >= 0:
-                held.take(place, [fd])
-        if self._held.get(generation) is not held:
-            _close(held)
-        else:
-            self._open_if_complete(generation, held)
+        fds = [(place, fd) for place, fd in enumerate(found) if fd >= 0]
+        if self._held.get(generation) is not held:  # whoever took it away closes what had arrived until then
+            wire.close_all(fd for _, fd in fds)
+            return
+        for place, fd in fds:
+            held.take(place, [fd])
+        self._open_if_complete(generation, held)
 
     def wanting(self, client: bytes) -> list[int]:
         """Sequences of a client's commands whose descriptors have not all arrived."""

@@ -125,15 +125,15 @@ class Service:
 
     def serve(self, session: Session, now: float) -> None:
         """Serve the commands of one worker that are committed and not served yet."""
-        seen = self._queue.last_transaction()
-        if seen == session.queue_seen:
+        if self._queue.last_transaction() == session.queue_seen:
             return
-        for sequence, data in self._queue.commands_of(session.client, session.served):
+        read, found = self._queue.news_of(session.client, session.served)
+        for sequence, data in found:
             session.served = sequence
             self._journal.served(session.client, sequence)
             self.counters["commands"] += 1
             self._orders.serve(session, sequence, data, now)
-        session.queue_seen = seen
+        session.queue_seen = read
 
     # -- packets ----------------------------------------------------------------------------------
 
