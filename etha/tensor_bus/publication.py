@@ -302,6 +302,7 @@ class Publication:
         while self._torn and self._link.connection.usable:
             number = self._torn[0]
             self._link.command(Ticket(), Abandon(self.generation, number), deadline, answered=False)
+            self._link.connection.claims.discard(number)
             if number in self._torn:
                 self._torn.remove(number)
 
