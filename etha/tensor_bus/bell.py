@@ -36,15 +36,22 @@ class Bell:
         return self._epoll.fileno()
 
     def renew(self) -> int:
-        """Make a pipe for an agent, instead of the one before; its write end, which stays this object's."""
+        """Make a pipe for an agent, instead of the one before; its write end, which stays this object's.
+
+        Raises:
+            ValueError: the bell was closed.
+        """
         if self._pipes and self._epoll is not None:
             self._epoll.unregister(self._pipes[0][0])
         self._close_pipes()
         # Made and put on record in one call, so that an interrupt finds either nothing or both.
         self._pipes.extend(map(os.pipe2, (os.O_CLOEXEC | os.O_NONBLOCK,)))
+        epoll = self._epoll
+        if epoll is None:  # by another thread, meanwhile: it has not seen this pipe
+            self._close_pipes()
+            raise ValueError("the bell was closed")
         reading, writing = self._pipes[0]
-        if self._epoll is not None:
-            self._epoll.register(reading, select.EPOLLIN)
+        epoll.register(reading, select.EPOLLIN)
         return writing
 
     def hand_over(self) -> None:

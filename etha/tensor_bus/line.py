@@ -159,7 +159,21 @@ class Line:
             AgentGone: there is none.
             ClientClosed, ForkedClient, StaleHandle: nothing can be sent any more.
         """
-        data = encode(packet)
+        self._send(encode(packet), deadline, lambda: fds)
+
+    def send_bell(self, number: int, bell: Bell, deadline: float) -> None:
+        """Give the agent the bell of an import, through a pipe of its own for each agent; and its successors.
+
+        Raises:
+            EthaError: see `send`.
+        """
+        self.bells[number] = bell
+        try:
+            self._send(encode(packets.Bell(number, bell.seen)), deadline, lambda: [bell.renew()])
+        finally:
+            bell.hand_over()
+
+    def _send(self, data: bytes, deadline: float, fds: Callable[[], Sequence[int]]) -> None:
         while True:
             self.require_usable()
             if self._lost:
@@ -170,7 +184,7 @@ class Line:
             channel = self._channel
             try:
                 self._flush(channel)
-                wire.send(channel.sock, data, fds)
+                wire.send(channel.sock, data, fds())
                 return
             except BlockingIOError:
                 self._wait_for_room(channel, deadline)
@@ -260,7 +274,7 @@ class Line:
             channel = made[0]
             for data, fds in self._beginning():
                 wire.send(channel.sock, data, fds)
-            for bell in self.bells.values():
+            for bell in list(self.bells.values()):
                 bell.hand_over()
             self._begin_anew()
             self._retired.append(self._channel)
@@ -278,8 +292,11 @@ class Line:
             yield encode(some), ()
         for data in self._asked():
             yield data, ()
-        for number, bell in self.bells.items():
-            yield encode(packets.Bell(number, bell.seen)), [bell.renew()]
+        for number, bell in list(self.bells.items()):
+            try:
+                yield encode(packets.Bell(number, bell.seen)), [bell.renew()]
+            except ValueError:
+                continue  # another thread has just closed it
 
     def ensure_agent(self, deadline: float) -> None:
         """Wait until there is an agent.

@@ -193,15 +193,11 @@ class Subscription:
         connection = self._link.connection
         connection.bells.pop(before, None)
         number = self._mapped.number
-        connection.bells[number] = bell
         bell.seen = self._seen
         try:
-            deadline = clock.now() + self._link.patience
-            connection.send(packets.Bell(number, bell.seen), deadline, [bell.renew()])
+            connection.send_bell(number, bell, clock.now() + self._link.patience)
         except AgentGone:
             return  # its successor gets the bell of every import that comes back
-        finally:
-            bell.hand_over()
 
     def _silence(self) -> None:
         with self._lock:
