@@ -58,7 +58,7 @@ class Mapped:
             raise
 
     def unmap(self) -> None:
-        """Close the memory; the import goes on. Leases that are out keep their tensors."""
+        """Close the memory, and tell the agent; the import goes on. Leases that are out keep their tensors."""
         self._link.import_over(self.number, self._memory, subscribed=True)
         self.layout = 0
         self.tensors = {}

@@ -128,8 +128,7 @@ class Subscription:
         """The owner wants its memory back; whether a tensor that somebody keeps stands in the way."""
         with self._lock:
             mapped = self._mapped
-            if mapped.layout:
-                mapped.unmap()
+            mapped.unmap()  # a second time only tells it again: an agent has died that had been told
         self._link.reap()
         return self._link.still_mapped(mapped.number)
 
