@@ -205,6 +205,7 @@ class Publication:
                 update.give_back()
             else:
                 self._suspended = update
+                self._shared.doubt_memory()
             link.give_up(ticket, error, self._shared)
             raise
         self._suspended = update
