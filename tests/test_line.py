@@ -65,3 +65,44 @@ def test_a_failure_that_was_told_is_not_told_again(owner: Worker, kill, start_ag
     start_agent()
     owner.do("client.subscribe('policy').close()")  # it has come back, and heard what its successor has to say
     assert owner.do("len(policy.readers())") == 2
+
+
+def test_a_client_that_is_closed_while_it_comes_back_holds_nothing(owner: Worker, reader: Worker, kill, start_agent):
+    """Its goodbye comes behind what the other thread says that it holds."""
+    reader.do("""
+from etha.tensor_bus.line import Line
+closing = threading.Thread(target=client.close)
+beginning = Line._beginning
+def late(line):
+    Line._beginning = beginning
+    yield from list(beginning(line))
+    closing.start()
+    closing.join(0.5)
+Line._beginning = late
+""")
+    kill()
+    start_agent()
+    with raises("ClientClosed|LeaseReleased"):
+        reader.do("policy.read(timeout=20)")
+    reader.do("closing.join()")
+    owner.do("policy.close(timeout=5)")
+
+
+def test_an_interrupt_of_a_failed_attempt_does_not_end_all_attempts(owner: Worker, reader: Worker, kill, start_agent):
+    reader.do("""
+from etha.tensor_bus.channel import Channel
+from etha.tensor_bus.line import Line
+swap, close = Line._swap, Channel.close
+def fail(line, made):
+    Line._swap, Channel.close = swap, interrupted
+    raise etha.errors.AgentGone("it is gone again")
+def interrupted(channel):
+    Channel.close = close
+    raise KeyboardInterrupt
+Line._swap = fail
+""")
+    kill()
+    start_agent()
+    with raises("KeyboardInterrupt"):
+        reader.do("policy.read(timeout=20)")
+    reader.do("policy.read(timeout=20).release()")

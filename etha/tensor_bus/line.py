@@ -247,10 +247,12 @@ class Line:
             elif self._lost and self._end is None:
                 self._try_successor(made)
         finally:
-            while made:
-                made.pop().close()
-            if taken and taken[0]:
-                self._restoring.release()
+            try:
+                while made:
+                    made.pop().close()
+            finally:  # an interrupt of that, too, must leave the next attempt possible
+                if taken and taken[0]:
+                    self._restoring.release()
 
     def _try_successor(self, made: list[Channel]) -> None:
         self._next_try = clock.now() + self._pause
@@ -337,7 +339,10 @@ class Line:
     def _close_line(self, goodbye_until: float) -> None:
         """The client is closed: say goodbye, if there is someone to hear it."""
         # The reason first: whatever the agent's end does from now on, that is why other threads' calls fail.
-        before, self._end = self._end, ClientClosed("the client is closed.", remedy="Make another: bootstrap_client().")
+        # Under the lock: a thread that is greeting a successor goes on to the end, and the goodbye comes behind that.
+        with self._lock:
+            before = self._end
+            self._end = ClientClosed("the client is closed.", remedy="Make another: bootstrap_client().")
         if before is None and not self._lost:
             self._say_goodbye(goodbye_until)
 
