@@ -120,3 +120,71 @@ def test_what_is_fetched_too_late_is_closed_and_nothing_else(backstage, monkeypa
     assert not is_open(fetched)
     assert is_open(others)
     os.close(others)
+
+
+class Aside:
+    """A backstage whose jobs are done when the test says so."""
+
+    def __init__(self) -> None:
+        self.chores: list = []
+
+    def chore(self, job, then) -> None:
+        self.chores.append((job, then))
+
+    def open_or_close(self, job, then) -> None:
+        then(job())
+
+
+@pytest.fixture
+def aside(monkeypatch) -> Aside:
+    class Nothing:
+        """What the table would have mapped."""
+
+    monkeypatch.setattr(memory.TABLE, "open", lambda allocation, fd: Nothing())
+    monkeypatch.setattr(memory.TABLE, "release", lambda mapping: None)
+    return Aside()
+
+
+def opened(count: int) -> list[int]:
+    return [os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC) for _ in range(count)]
+
+
+@pytest.mark.parametrize("end", ["closed", "replaced"])
+def test_a_fetch_that_comes_after_the_end_closes_what_it_fetched_and_nothing_else(aside, end):
+    """The numbers of what was closed before it are other files' by then."""
+    seen: list[object] = []
+    held = Memory(aside, lambda *each: seen.append(each), lambda *_: None, lambda *_: None)
+    held.recover(7, b"a", 1, manifest(2), None)
+    held.arrived(b"a", 1, 0, opened(2))
+    assert seen == [(7, None)]
+    if end == "closed":
+        held.close(7)
+    else:
+        held.announce(b"a", 2, manifest(1))
+        held.replace(7, b"a", 2)
+    others, fetched = opened(2), opened(2)
+    ((_, then),) = aside.chores
+    then(fetched)
+    for fd in others:
+        os.close(fd)
+    for fd in fetched:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+
+
+def test_a_rebinding_gets_what_arrives_for_the_memory_before_it(aside):
+    """An agent that has just followed another has no descriptors yet, and its owner sends only those that are new."""
+    moved: list[object] = []
+    held = Memory(aside, lambda *_: None, lambda *each: moved.append(each), lambda *_: None)
+    held.recover(7, b"a", 1, manifest(3), None)
+    held.announce_move(b"a", 2, manifest(4), 7)
+    held.move(7, b"a", 2)
+    held.arrived(b"a", 2, 3, opened(1))
+    assert held.wanting(b"a") == [2, 1]
+    held.arrived(b"a", 1, 0, opened(1))
+    ((_, then),) = aside.chores
+    then([-1, *opened(2)])
+    assert held.wanting(b"a") == []
+    assert moved == [(7, None)]
+    held.replace(7, b"a", 2)
+    held.close(7)

@@ -567,3 +567,28 @@ def test_who_subscribes_while_the_agent_closes_the_memory_waits_for_the_owners_r
     assert back in world.granted
     assert late in world.granted
     assert late.layout == publication.layout == 2
+
+
+def test_a_read_through_an_import_that_is_over_keeps_no_memory(world, owner):
+    """Another thread of its reader has closed the subscription, or mapped anew."""
+    reader, w = reader_of(world, "reader"), world.publication()
+    (held,) = w.imports.values()
+    read = world.read(reader, w, minimum=1)
+    world.release(held)
+    update = world.update(owner, w)
+    suspending = Suspending(
+        client=owner,
+        number=command_number(99),
+        actor=update.actor,
+        label="",
+        name="w",
+        generation=w.generation,
+        deadline=9.0,
+        since=0.0,
+        update=update.number,
+    )
+    world.registry.suspend(suspending, world.now)
+    world.run()
+    assert suspending in world.granted
+    assert w.suspended
+    assert read in w.queue

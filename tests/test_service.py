@@ -12,7 +12,7 @@ import pytest
 from etha.errors import QueueFull
 from etha.tensor_bus import clock, commands, journal, packets, wire
 from etha.tensor_bus.command_queue import CommandQueue
-from etha.tensor_bus.ipc.manifest import Manifest
+from etha.tensor_bus.ipc.manifest import HostAllocation, Manifest
 from etha.tensor_bus.ipc.peer import Peer
 from etha.tensor_bus.journal import Journal
 from etha.tensor_bus.memory import Backstage
@@ -41,10 +41,11 @@ class Desk:
         ours.setblocking(False)
         self.session = Session(ours, Peer.of(ours), 0.0)
         self.session.client = CLIENT
-        self.service.joined(self.session, clock.now())
+        self.service.joined(self.session, clock.now(), packets.Welcome(CLIENT, 1))
         for close in (self.queue.close, self.writer.close, self.session.close, self.theirs.close, self.backstage.close):
             request.addfinalizer(close)
         self.sequence = 0
+        self.settle()
 
     def settle(self) -> list[packets.FromAgent]:
         """One turn, and what it says to the worker."""
@@ -190,3 +191,40 @@ def test_a_mistake_in_one_effect_does_not_swallow_the_others(desk, monkeypatch, 
     (said,) = desk.settle()
     assert said.number == 3
     assert "a mistake" in caplog.text
+
+
+def test_a_welcome_is_on_record_before_it_is_told(desk):
+    """An agent that dies between the two would leave a worker that no successor knows."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    session = Session(ours, Peer.of(ours), 0.0)
+    session.client = b"d" * 16
+    desk.service.joined(session, clock.now(), packets.Welcome(session.client, 5))
+    with pytest.raises(BlockingIOError):
+        wire.receive(theirs)
+    desk.settle()
+    assert packets.FROM_AGENT.decode(wire.receive(theirs)[0]) == packets.Welcome(session.client, 5)
+    session.close()
+    theirs.close()
+
+
+def test_who_comes_back_is_asked_for_what_it_has_only_just_committed(desk):
+    """Its descriptors may have gone with the connection before the command was read."""
+    shared = Manifest((HostAllocation(1, 2, 4096),), (), (), {})
+    record = commands.Register("w", shared, 0, False, 1, clock.now() + 9)
+    desk.queue.put(CLIENT, 1, encode(record), clock.now() + 9)
+    desk.service.rejoined(desk.session, clock.now())
+    assert packets.Wanted(1) in desk.settle()
+
+
+def test_an_import_that_is_asked_for_again_waits_for_the_memory(desk):
+    """It was granted by an agent that died before it had told: its successor has no descriptors yet."""
+    desk.register()
+    subscribe = packets.Subscribe(1, "w", 1, clock.now() + 9)
+    assert isinstance(desk.ask(subscribe)[-1], packets.Imported)
+    publication = desk.service.registry.publications[1]
+    publication.recovering = True
+    assert desk.ask(subscribe) == []
+    desk.service._memory_opened(1, None)
+    assert [type(each) for each in desk.settle()] == [packets.Imported]
+    assert [claim.number for claim in publication.mapped] == [1]

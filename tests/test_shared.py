@@ -235,3 +235,40 @@ def test_an_agent_that_follows_knows_where_it_lies(owner: Worker, reader: Worker
         assert reader.do(VALUE) == (1, 2.0)
         owner.do("with policy.update(): pass")
         assert reader.do(VALUE) == (2, 2.0)
+
+
+LOSE = """
+outcome = client._link.outcome
+def lost(*arguments):
+    client._link.outcome = outcome
+    outcome(*arguments)
+    raise etha.errors.AgentTimeout("the agent was killed when it had done it and not said so")
+client._link.outcome = lost
+"""
+
+
+def test_a_suspending_of_unknown_outcome_is_made_whole_by_resume(owner: Worker, agent: Agent):
+    """The agent has no descriptors any more, of what stayed where it was either."""
+    owner.do(LOSE)
+    with raises("AgentTimeout"):
+        owner.do(SUSPEND % 20)
+    with raises("InvalidArgument"):
+        owner.do("policy.publish()")
+    owner.do("policy.resume(timeout=10)")
+    assert owner.do("fresh = client.subscribe('policy', timeout=10)\nwith fresh.read() as w: v = w.version\nv") == 1
+
+
+def test_a_rebinding_of_unknown_outcome_publishes_nothing(owner: Worker, reader: Worker):
+    assert reader.do(VALUE) == (0, 1.0)
+    owner.do("before = net.weight.data; net.weight.data = torch.full((128, 256), 2.0).share_memory_()\n" + LOSE)
+    with raises("AgentTimeout"):
+        owner.do("policy.rebind(dict(net.named_parameters()))")
+    for _ in range(2):
+        with raises("StorageMoved"):
+            owner.do("policy.publish()")
+    with raises("TornError"):
+        reader.do(VALUE)
+    # Back to what the agent may have, or may not have any more.
+    owner.do("net.weight.data = before.fill_(3.0); policy.rebind(dict(net.named_parameters()), timeout=10)")
+    assert reader.do(VALUE) == (1, 3.0)
+    assert owner.do("len(client._link.exports)") == 1

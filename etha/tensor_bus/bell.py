@@ -37,14 +37,21 @@ class Bell:
         return self._epoll.fileno()
 
     def renew(self) -> int:
-        """Make a pipe for an agent, instead of the one before; its write end, which stays this object's."""
+        """Make a pipe for an agent, instead of the one before; its write end, which stays this object's.
+
+        Raises:
+            ValueError: the bell was closed.
+        """
         if self._pipe and self._epoll is not None:
             self._epoll.unregister(self._pipe[0])
         self._close_pipe()
         # Made and put on record in one call, so that an interrupt finds either nothing or both.
         self._pipe.extend(chain.from_iterable(map(os.pipe2, (os.O_CLOEXEC | os.O_NONBLOCK,))))
-        if self._epoll is not None:
-            self._epoll.register(self._pipe[0], select.EPOLLIN)
+        epoll = self._epoll
+        if epoll is None:  # by another thread, meanwhile: it has not seen this pipe
+            self._close_pipe()
+            raise ValueError("the bell was closed")
+        epoll.register(self._pipe[0], select.EPOLLIN)
         return self._pipe[1]
 
     def hand_over(self) -> None:

@@ -173,9 +173,10 @@ class Connection(Line):
         if isinstance(packet, packets.Outcome):
             key = -packet.sequence
             pending = self._pending.get(key)
-            news = key not in self._given_up and packet.sequence not in self._heard
-            if pending is None and packet.failure is not None and news:
+            again = packet.sequence in self._heard  # a successor tells what its predecessor told
+            if not again:
                 self._heard.append(packet.sequence)
+            if pending is None and packet.failure is not None and key not in self._given_up and not again:
                 self.unasked[packet.generation] = packet.failure.error()
         elif isinstance(packet, packets.Welcome):
             key, pending = 0, None

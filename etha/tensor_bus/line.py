@@ -159,7 +159,21 @@ class Line:
             AgentGone: there is none.
             ClientClosed, ForkedClient, StaleHandle: nothing can be sent any more.
         """
-        data = encode(packet)
+        self._send(encode(packet), deadline, lambda: fds)
+
+    def send_bell(self, number: int, bell: Bell, deadline: float) -> None:
+        """Give the agent the bell of an import, through a pipe of its own for each agent; and its successors.
+
+        Raises:
+            EthaError: see `send`.
+        """
+        self.bells[number] = bell
+        try:
+            self._send(encode(packets.Bell(number, bell.seen)), deadline, lambda: [bell.renew()])
+        finally:
+            bell.hand_over()
+
+    def _send(self, data: bytes, deadline: float, fds: Callable[[], Sequence[int]]) -> None:
         while True:
             self.require_usable()
             if self._lost:
@@ -170,7 +184,7 @@ class Line:
             channel = self._channel
             try:
                 self._flush(channel)
-                wire.send(channel.sock, data, fds)
+                wire.send(channel.sock, data, fds())
                 return
             except BlockingIOError:
                 self._wait_for_room(channel, deadline)
@@ -233,10 +247,12 @@ class Line:
             elif self._lost and self._end is None:
                 self._try_successor(made)
         finally:
-            while made:
-                made.pop().close()
-            if taken and taken[0]:
-                self._restoring.release()
+            try:
+                while made:
+                    made.pop().close()
+            finally:  # an interrupt of that, too, must leave the next attempt possible
+                if taken and taken[0]:
+                    self._restoring.release()
 
     def _try_successor(self, made: list[Channel]) -> None:
         self._next_try = clock.now() + self._pause
@@ -260,7 +276,7 @@ class Line:
             channel = made[0]
             for data, fds in self._beginning():
                 wire.send(channel.sock, data, fds)
-            for bell in self.bells.values():
+            for bell in list(self.bells.values()):
                 bell.hand_over()
             self._begin_anew()
             self._retired.append(self._channel)
@@ -278,8 +294,11 @@ class Line:
             yield encode(some), ()
         for data in self._asked():
             yield data, ()
-        for number, bell in self.bells.items():
-            yield encode(packets.Bell(number, bell.seen)), [bell.renew()]
+        for number, bell in list(self.bells.items()):
+            try:
+                yield encode(packets.Bell(number, bell.seen)), [bell.renew()]
+            except ValueError:
+                continue  # another thread has just closed it
 
     def ensure_agent(self, deadline: float) -> None:
         """Wait until there is an agent.
@@ -320,7 +339,10 @@ class Line:
     def _close_line(self, goodbye_until: float) -> None:
         """The client is closed: say goodbye, if there is someone to hear it."""
         # The reason first: whatever the agent's end does from now on, that is why other threads' calls fail.
-        before, self._end = self._end, ClientClosed("the client is closed.", remedy="Make another: bootstrap_client().")
+        # Under the lock: a thread that is greeting a successor goes on to the end, and the goodbye comes behind that.
+        with self._lock:
+            before = self._end
+            self._end = ClientClosed("the client is closed.", remedy="Make another: bootstrap_client().")
         if before is None and not self._lost:
             self._say_goodbye(goodbye_until)
 

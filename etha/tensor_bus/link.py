@@ -279,10 +279,12 @@ class Link:
             except ValueError:
                 continue  # another thread did the same
         TABLE.reap()
-        for number, (_, memory, packet) in list(self._closing.items()):
-            if memory is None or not memory.live:
-                self.connection.tell(packet)
-                self._closing.pop(number, None)
+        for number, ended in list(self._closing.items()):
+            if ended.memory is None or not ended.memory.live:
+                self.connection.tell(ended.packet)
+                known = self._closing.pop(number, None)
+                if known is not None and known is not ended:
+                    self._closing.setdefault(number, known)  # another thread has ended more than this
 
     def _send_again(self, sequence: int) -> bool:
         """An agent has no descriptors of what this client shares; whether it got them, or nothing can be done."""

@@ -57,8 +57,13 @@ class Mapped:
             link.connection.tell(packets.Release(self.number))
             raise
 
+    def at(self, layout: int) -> dict[str, torch.Tensor] | None:
+        """The tensors, if this layout is what is mapped; None otherwise, and once it is over."""
+        tensors = self.tensors  # first: whoever takes them away says before that they are not mapped
+        return tensors if self.layout == layout and not self._over else None
+
     def unmap(self) -> None:
-        """Close the memory; the import goes on. Leases that are out keep their tensors."""
+        """Close the memory, and tell the agent; the import goes on. Leases that are out keep their tensors."""
         self._link.import_over(self.number, self._memory, subscribed=True)
         self.layout = 0
         self.tensors = {}

@@ -124,7 +124,8 @@ class Held:
         fds: by allocation; -1 while it has not arrived.
         mappings: once opened.
         opening: all has arrived.
-        moves: the generation whose memory this is to become, once a rebinding waits for it.
+        follows: the generation whose memory this is to become; its descriptors are this one's too.
+        moves: the same, once a rebinding waits for it.
     """
 
     manifest: Manifest
@@ -133,6 +134,7 @@ class Held:
     fds: list[int]
     mappings: list[Mapping] = field(default_factory=list)
     opening: bool = False
+    follows: int = 0
     moves: int = 0
 
     @property
@@ -151,6 +153,17 @@ class Held:
             else:  # sent twice: by a worker that came back, or fetched meanwhile
                 os.close(fd)
         return True
+
+    def copy_from(self, before: Held) -> None:
+        """Take copies of the descriptors that are still missing and that ``before`` has.
+
+        Raises:
+            OSError: this process may open no more.
+        """
+        known = {each: fd for each, fd in zip(before.manifest.allocations, before.fds, strict=False) if fd >= 0}
+        for place, allocation in enumerate(self.manifest.allocations):
+            if self.fds[place] < 0 and allocation in known:
+                self.fds[place] = fcntl.fcntl(known[allocation], fcntl.F_DUPFD_CLOEXEC, 0)
 
 
 class Memory:
@@ -183,18 +196,17 @@ class Memory:
         self._announced[client, sequence] = Held(manifest, client, sequence, fds)
 
     def announce_move(self, client: bytes, sequence: int, manifest: Manifest, generation: int) -> None:
-        """A rebinding has come: the descriptors of what stays where it was are at hand already.
+        """A rebinding has come: the descriptors of what stays where it was are at hand already, or will be.
 
         Raises:
             SystemLimit: see `announce`.
         """
         self.announce(client, sequence, manifest)
         moving, here = self._announced[client, sequence], self._held.get(generation)
-        known = {} if here is None else dict(zip(here.manifest.allocations, here.fds, strict=False))
+        moving.follows = generation
         try:
-            for place, allocation in enumerate(manifest.allocations):
-                if known.get(allocation, -1) >= 0:
-                    moving.fds[place] = fcntl.fcntl(known[allocation], fcntl.F_DUPFD_CLOEXEC, 0)
+            if here is not None:
+                moving.copy_from(here)
         except OSError as error:
             self.retract(client, sequence)
             raise _too_many(len(manifest.allocations), 0) from error
@@ -244,13 +256,25 @@ class Memory:
     def _fetched(self, generation: int, held: Held, found: object) -> None:
         if not isinstance(found, list):
             return  # its owner has died, or will send them
-        fds = [(place, fd) for place, fd in enumerate(found) if fd >= 0]
-        if self._held.get(generation) is not held:  # whoever took it away closes what had arrived until then
-            wire.close_all(fd for _, fd in fds)
+        if self._held.get(generation) is not held:  # which was closed: its numbers may be other files' by now
+            wire.close_all(fd for fd in found if fd >= 0)
             return
-        for place, fd in fds:
-            held.take(place, [fd])
+        for place, fd in enumerate(found):
+            if fd >= 0:
+                held.take(place, [fd])
+        self._completed(generation, held)
+
+    def _completed(self, generation: int, held: Held) -> None:
+        """Descriptors of a publication have come: of what it has, and for what is to take its place."""
         self._open_if_complete(generation, held)
+        for moving in [each for each in self._announced.values() if each.follows == generation and each.missing]:
+            try:
+                moving.copy_from(held)
+            except OSError:
+                self._moved(generation, _too_many(moving.missing, 0))
+                continue
+            if moving.moves:
+                self._open_if_complete(generation, moving)
 
     def wanting(self, client: bytes) -> list[int]:
         """Sequences of a client's commands whose descriptors have not all arrived."""
@@ -270,7 +294,9 @@ class Memory:
         if not held.take(first, fds):
             wire.close_all(fds)
             raise InvalidRecord("descriptors came that have no place in their registration.", resource="Descriptors")
-        if generation:
+        if self._held.get(generation) is held:
+            self._completed(generation, held)
+        elif generation:
             self._open_if_complete(generation, held)
 
     def lost(self, client: bytes, reason: EthaError) -> None:
@@ -296,7 +322,7 @@ class Memory:
         held = self._held.pop(generation)
         self._backstage.open_or_close(partial(_close, held), lambda _: self._closed(generation))
 
-    def _awaiting(self, client: bytes, sequence: int) -> tuple[int | None, Held | None]:
+    def _awaiting(self, client: bytes, sequence: int) -> tuple[int, Held | None]:
         for generation, held in self._held.items():
             if (held.client, held.sequence) == (client, sequence):
                 return generation, held

@@ -204,6 +204,7 @@ class Publication:
                 update.give_back()
             else:
                 self._suspended = update
+                self._shared.doubt_memory()
             link.give_up(ticket, error, self._shared)
             raise
         self._suspended = update
@@ -301,6 +302,7 @@ class Publication:
         while self._torn and self._link.connection.usable:
             number = self._torn[0]
             self._link.command(Ticket(), Abandon(self.generation, number), deadline, answered=False)
+            self._link.connection.claims.discard(number)
             if number in self._torn:
                 self._torn.remove(number)
 

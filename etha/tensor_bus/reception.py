@@ -66,8 +66,7 @@ class Reception:
             return
         session.client = secrets.token_bytes(CLIENT_ID_BYTES)
         self._board.watch_process(session)
-        self._service.joined(session, now)
-        session.send(packets.Welcome(session.client, text.epoch))
+        self._service.joined(session, now, packets.Welcome(session.client, text.epoch))
 
     def _welcome_back(self, stranger: Session, client: bytes, now: float) -> None:
         """A client has another connection: its claims are its own again, if it is the process that it says."""
@@ -83,7 +82,7 @@ class Reception:
         known.take_over(stranger)
         self._board.move_socket(known)
         known.send(packets.Welcome(client, self._text.epoch, known.served))
-        self._service.rejoined(known)
+        self._service.rejoined(known, now)
 
     def adopt(self, found: Recovered, now: float) -> None:
         """Watch the workers of a predecessor that live, serve what they committed, and end those that died."""

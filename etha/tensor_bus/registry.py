@@ -299,9 +299,9 @@ class Registry(Settling):
 
     @staticmethod
     def _in_the_way(claim: Lease, publication: Publication) -> bool:
-        """Whether its reader has memory mapped that the owner wants back."""
-        wanted = isinstance(publication.moving, Suspending)
-        return wanted and publication.imports[claim.client, claim.through].layout > 0
+        """Whether its reader has memory mapped that the owner wants back; by an import that is not over meanwhile."""
+        through = publication.imports.get((claim.client, claim.through))
+        return isinstance(publication.moving, Suspending) and through is not None and through.layout > 0
 
     def _ask_unmap(self, claim: Lease) -> None:
         self.table.forget(claim)

@@ -40,7 +40,7 @@ class Requests:
             wire.close_all(fds)
             raise InvalidRecord("descriptors came with a packet that carries none.", resource="packet")
         if isinstance(packet, packets.Read | packets.Write | packets.Subscribe) and self._asked_before(
-            session, packet.number
+            session, packet.number, now
         ):
             return
         if isinstance(packet, packets.Read):
@@ -109,11 +109,20 @@ class Requests:
             # Not now: what it is rung for may not be recorded yet.
             self._registry.table.effects.append(Ring(claim))
 
-    def _asked_before(self, session: Session, number: int) -> bool:
-        """Whether this request is known: asked again by a worker that came back. A grant is told again."""
+    def _asked_before(self, session: Session, number: int, now: float) -> bool:
+        """Whether this request is known: asked again by a worker that came back. A grant is told again.
+
+        But not that of an import whose memory this agent, which is new, has not opened yet: nobody has heard of it, so
+        nothing is mapped, and it waits like any other.
+        """
         if not 0 < number < NUMBER_LIMIT:
             raise InvalidRecord(f"claim number {number} is out of range.", resource="number")
         claim = self._registry.table.claims.get((session.client, number))
-        if claim is not None and claim.granted:
+        if claim is None:
+            return False
+        if isinstance(claim, Import) and claim.granted and self._registry.publications[claim.generation].recovering:
+            self._registry.release(session.client, number, now)
+            return False
+        if claim.granted:
             self._registry.table.effects.append(Granted(claim))
-        return claim is not None
+        return True

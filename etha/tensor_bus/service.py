@@ -47,6 +47,7 @@ class Service:
         self._orders = Orders(registry, journal, self._memory, self.counters)
         self._requests = Requests(registry, journal, self._memory)
         self._unrecorded: tuple[list[Effect], list[Answer]] = ([], [])
+        self._newcomers: list[tuple[Session, packets.Welcome]] = []
         self._now = 0.0
 
     def turn(self, now: float) -> None:
@@ -55,8 +56,9 @@ class Service:
 
     # -- workers come and go ----------------------------------------------------------------------
 
-    def joined(self, session: Session, now: float) -> None:
-        """A session has been given its client id."""
+    def joined(self, session: Session, now: float, welcome: packets.Welcome) -> None:
+        """A session has been given its client id; it is told once that is on record, so that a successor knows it."""
+        self._newcomers.append((session, welcome))
         self._sessions[session.client] = session
         peer = session.peer
         self.registry.client_joined(session.client, peer.pid, peer.label, now, peer.started)
@@ -82,9 +84,10 @@ class Service:
         """The session of a client that is not gone."""
         return self._sessions.get(client)
 
-    def rejoined(self, session: Session) -> None:
+    def rejoined(self, session: Session, now: float) -> None:
         """A client whose connection had ended has another one: ask for what died with the first."""
         self.registry.client_rejoined(session.client)
+        self.serve(session, now)
         for sequence in self._memory.wanting(session.client):
             session.send(packets.Wanted(sequence))
 
@@ -174,6 +177,9 @@ class Service:
             if not self._journal.record(now):
                 return
             (effects, answers), self._unrecorded = self._unrecorded, ([], [])
+            newcomers, self._newcomers = self._newcomers, []
+            for session, welcome in newcomers:
+                session.send(welcome)
             for effect in effects:
                 try:
                     self._carry_out(effect)

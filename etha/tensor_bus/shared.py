@@ -48,6 +48,7 @@ class Shared:
         self._layout = 1
         self._retired: list[tuple[int, Export]] = []
         self._doubtful: list[Export] = []
+        self._perhaps_suspended = False
         self._remembered: dict[str, weakref.ref[torch.Tensor]] = {}
 
     def check(self) -> None:
@@ -79,8 +80,10 @@ class Shared:
         return export
 
     def moved(self, export: Export) -> list[SharedFd | None]:
-        """The descriptors of an export, None for each allocation that is shared already."""
-        here = set() if self._export is None else set(self._export.manifest.allocations)
+        """The descriptors of an export, None for each allocation that the agent surely has already."""
+        if self._export is None or self._doubtful or self._perhaps_suspended:
+            return list(export.fds)
+        here = set(self._export.manifest.allocations)
         pairs = zip(export.manifest.allocations, export.fds, strict=True)
         return [None if allocation in here else fd for allocation, fd in pairs]
 
@@ -89,12 +92,17 @@ class Shared:
         before = [each for each in (self._export, *self._doubtful) if each is not None]
         self._retired.extend((layout - 1, each) for each in before)
         self._doubtful.clear()
+        self._perhaps_suspended = False
         self._exports.pop(self._sequence, None)
         self._export, self._manifest, self._sequence, self._layout = export, export.manifest, sequence, layout
 
     def doubt(self, export: Export) -> None:
         """Whether the agent has it is not known: pin both."""
         self._doubtful.append(export)
+
+    def doubt_memory(self) -> None:
+        """Whether it is suspended is not known: pin what there is, and rely on nothing that the agent had."""
+        self._perhaps_suspended = True
 
     def let_go(self, oldest: int) -> None:
         """No reader has anything mapped that is older than this layout."""

@@ -12,17 +12,28 @@ it is asked to, and maps what a lease is on when that lies elsewhere. A new impo
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from etha.errors import AgentGone, EthaError, InvalidArgument, LeaseReleased, OwnerDiedError, PublicationClosed
+from etha.errors import (
+    AgentGone,
+    EthaError,
+    InvalidArgument,
+    LeaseReleased,
+    OwnerDiedError,
+    PublicationClosed,
+    StaleHandle,
+)
 from etha.tensor_bus import clock, packets
 from etha.tensor_bus.bell import Bell
 from etha.tensor_bus.lease import Lease
 from etha.tensor_bus.link import Link
 from etha.tensor_bus.mapped import Mapped
 from etha.tensor_bus.records import Failure
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Subscription:
@@ -79,9 +90,14 @@ class Subscription:
         self._silence()
         patient = False
         while True:
-            asked = Asked(version, min_version or 0, deadline, timeout, patient)
+            mapped = self._mapped
+            asked = Asked(version, min_version or 0, deadline, timeout, patient, mapped.number)
             try:
                 lease = self._ask(asked)
+            except StaleHandle:
+                if mapped is self._mapped or self._closed:
+                    raise
+                continue  # another thread has mapped anew, and given back the import that this asked through
             except (PublicationClosed, OwnerDiedError) as error:
                 self._end = Failure.of(error).error()  # its own traceback would keep this frame, and the memory
                 self.close()
@@ -102,7 +118,7 @@ class Subscription:
             minimum=asked.minimum,
             thread=threading.get_native_id(),
             deadline=asked.deadline,
-            through=self._mapped.number,
+            through=asked.through,
             patient=asked.patient,
         )
         try:
@@ -112,10 +128,8 @@ class Subscription:
                 return None
             if not isinstance(reply, packets.Leased):
                 raise TypeError(f"a lease was expected, not {type(reply).__name__}")
-            mapped = self._mapped
-            if mapped.layout != reply.layout:
-                mapped = self._map_again(asked)
-            lease._hold(reply, mapped.tensors)
+            tensors = self._mapped.at(reply.layout)
+            lease._hold(reply, self._map_again(asked) if tensors is None else tensors)
             if self._closed:  # by another thread, meanwhile: it may have taken the tensors away already
                 self._require_open()
             self._seen = max(self._seen, reply.version)
@@ -128,24 +142,27 @@ class Subscription:
         """The owner wants its memory back; whether a tensor that somebody keeps stands in the way."""
         with self._lock:
             mapped = self._mapped
-            if mapped.layout:
-                mapped.unmap()
+            mapped.unmap()  # a second time only tells it again: an agent has died that had been told
         self._link.reap()
         return self._link.still_mapped(mapped.number)
 
-    def _map_again(self, asked: Asked) -> Mapped:
-        """The memory lies elsewhere now. A lease is held, so it stays there meanwhile."""
+    def _map_again(self, asked: Asked) -> Mapping[str, torch.Tensor]:
+        """The memory lies elsewhere now; its tensors. A lease is held, so it stays there meanwhile."""
         fresh = Mapped(self._link, self.name, max(clock.remaining(asked.deadline), self._link.patience))
         if fresh.generation != self.generation:
             fresh.end()
             raise _followed(self.name)
+        tensors = fresh.tensors  # now: another thread that maps anew ends this mapping
         with self._lock:
+            if self._closed:  # by another thread, meanwhile; who asked is told so
+                fresh.end()
+                return tensors
             before, self._mapped = self._mapped, fresh
             before.end()
             if self._bell is not None:
                 self._ring_through(self._bell, before.number)
         self._link.reap()
-        return fresh
+        return tensors
 
     def versions(self, timeout: float = 30.0) -> Iterator[Lease]:
         """Iterate over each newest version; ``timeout`` seconds is the longest wait for the next one.
@@ -193,15 +210,11 @@ class Subscription:
         connection = self._link.connection
         connection.bells.pop(before, None)
         number = self._mapped.number
-        connection.bells[number] = bell
         bell.seen = self._seen
         try:
-            deadline = clock.now() + self._link.patience
-            connection.send(packets.Bell(number, bell.seen), deadline, [bell.renew()])
+            connection.send_bell(number, bell, clock.now() + self._link.patience)
         except AgentGone:
             return  # its successor gets the bell of every import that comes back
-        finally:
-            bell.hand_over()
 
     def _silence(self) -> None:
         with self._lock:
@@ -281,6 +294,7 @@ class Asked(NamedTuple):
     deadline: float
     timeout: float
     patient: bool
+    through: int
 
 
 def _followed(name: str) -> OwnerDiedError:

@@ -101,6 +101,7 @@ class Update:
                 publication._commit(Ticket(), Publish(publication.generation, version, self._number))
             publication._version = version
             self.version = version
+            publication._link.connection.claims.discard(self._number)  # only now: the queue says how it has ended
             self._done()
 
     def abandon(self, patience: float) -> None:
