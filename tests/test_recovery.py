@@ -6,9 +6,13 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
+from box import until
 from harness import Agent, Raised, Worker
+
+from etha.tensor_bus.state import ClaimRecord, StateReader
 
 
 def raises(kind: str) -> AbstractContextManager:
@@ -151,6 +155,28 @@ def test_a_registration_in_flight_is_served_once(agent, start_worker, restart):
     assert reader.do("with policy.read() as w: v = w['w'].tolist()\nv") == [1.0] * 8
     reader.do("policy.close()")
     owner.do("policy.close(timeout=20)")
+
+
+def test_a_reader_that_unmapped_for_an_agent_that_died_unmaps_for_the_next(
+    owner: Worker, reader: Worker, restart, agent: Agent, runtime: Path
+):
+    """It was asked to, by an owner that suspends, and what it answered was never read."""
+    state = StateReader(str(runtime / "agent_rank0_state.lmdb"))
+    reader.say("with policy.read(min_version=1, timeout=50) as w: v = w.version\nv")
+    until(lambda: any(claim.kind == "lease" for claim in state.all(ClaimRecord).values()))
+    reader.kill(signal.SIGSTOP)
+    owner.say("policy.suspend(timeout=20)")
+    until(lambda: any(claim.kind == "suspend" for claim in state.all(ClaimRecord).values()))
+    asked = state.agent().heartbeat
+    until(lambda: state.agent().heartbeat > asked)
+    agent.kill(signal.SIGSTOP)
+    reader.kill(signal.SIGCONT)
+    until(lambda: "/torch_" not in Path(f"/proc/{reader.pid}/maps").read_text())
+    restart()
+    owner.hear()
+    owner.do("policy.resume(timeout=20)")
+    assert reader.hear() == 1
+    state.close()
 
 
 def test_a_client_closed_meanwhile_leaves_nothing(owner: Worker, reader: Worker, restart, start_worker):

@@ -244,13 +244,13 @@ class Memory:
     def _fetched(self, generation: int, held: Held, found: object) -> None:
         if not isinstance(found, list):
             return  # its owner has died, or will send them
+        if self._held.get(generation) is not held:  # over, or moved; what had arrived of it is being closed
+            wire.close_all(fd for fd in found if fd >= 0)
+            return
         for place, fd in enumerate(found):
             if fd >= 0:
                 held.take(place, [fd])
-        if self._held.get(generation) is not held:
-            _close(held)
-        else:
-            self._open_if_complete(generation, held)
+        self._open_if_complete(generation, held)
 
     def wanting(self, client: bytes) -> list[int]:
         """Sequences of a client's commands whose descriptors have not all arrived."""

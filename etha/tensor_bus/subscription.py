@@ -128,8 +128,7 @@ class Subscription:
         """The owner wants its memory back; whether a tensor that somebody keeps stands in the way."""
         with self._lock:
             mapped = self._mapped
-            if mapped.layout:
-                mapped.unmap()
+            mapped.unmap()  # again, where that is done: whoever asks has not heard of it, as its predecessor may have
         self._link.reap()
         return self._link.still_mapped(mapped.number)
 

@@ -155,6 +155,15 @@ def unsubscribed(name: str) -> StaleHandle:
 def expired(claim: Claim, publication: Publication | None, clients: Mapping[bytes, Client], now: float) -> EthaError:
     """Why the claim was not granted by its deadline, naming who stood in the way."""
     name = claim.name
+    if isinstance(claim, Import) and publication is not None and (publication.recovering or publication.suspended):
+        owner = _label(publication.owner, clients)
+        why = "has suspended it" if publication.suspended else "has made no call since the agent was started anew"
+        return NoPublication(
+            f'"{name}" has no memory that could be mapped: its owner, {owner}, {why}.',
+            resource=name,
+            holder=owner,
+            remedy="Wait longer; its owner's next call, or its resume(), brings the memory.",
+        )
     if isinstance(claim, Import):
         return NoPublication(
             f'nothing named "{name}" was published within the timeout.',
