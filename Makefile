@@ -8,13 +8,14 @@ READY := .venv/ready
 EXTRAS := demo,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test stress bench lint clean
+.PHONY: help setup demo test faults stress bench lint clean
 
 help:
 	@echo 'make setup    .venv with etha (editable) and what development needs; quick when nothing changed'
 	@echo 'make demo     an agent, a trainer and an evaluator; options: make demo ARGS="--steps 1000"'
 	@echo 'make test     ruff, mypy --strict and the tests'
 	@echo 'make lint     ruff and mypy alone'
+	@echo 'make faults   the agent and owners killed at some of their system calls; part of make test; needs strace'
 	@echo 'make stress   the tests at their full counts: long'
 	@echo 'make bench    what each operation costs, beside its bare floor: minutes; options: make bench ARGS="--only lease"'
 	@echo 'make clean    remove builds and caches; .venv stays'
@@ -51,6 +52,9 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest --durations=15 -m "not stress and not cuda"
+
+faults: setup
+	$(BIN)/python -m pytest -m "not stress" tests/faults $(ARGS)
 
 stress: setup
 	$(BIN)/python -m pytest -o faulthandler_timeout=7200 -m "stress and not cuda"

@@ -157,10 +157,12 @@ def test_a_registration_in_flight_is_served_once(agent, start_worker, restart):
     owner.do("policy.close(timeout=20)")
 
 
+@pytest.mark.parametrize("sent", [True, False], ids=["sent", "unsent"])
 def test_a_reader_that_unmapped_for_an_agent_that_died_unmaps_for_the_next(
-    owner: Worker, reader: Worker, restart, agent: Agent, runtime: Path
+    owner: Worker, reader: Worker, restart, agent: Agent, runtime: Path, sent: bool
 ):
-    """It was asked to, by an owner that suspends, and what it answered was never read."""
+    """It was asked to, by an owner that suspends, and what it answered was never read, or could not be sent any more.
+    It asks for its lease again, and gets one and no more."""
     state = StateReader(str(runtime / "agent_rank0_state.lmdb"))
     reader.say("with policy.read(min_version=1, timeout=50) as w: v = w.version\nv")
     until(lambda: any(claim.kind == "lease" for claim in state.all(ClaimRecord).values()))
@@ -169,13 +171,18 @@ def test_a_reader_that_unmapped_for_an_agent_that_died_unmaps_for_the_next(
     until(lambda: any(claim.kind == "suspend" for claim in state.all(ClaimRecord).values()))
     asked = state.agent().heartbeat
     until(lambda: state.agent().heartbeat > asked)
-    agent.kill(signal.SIGSTOP)
-    reader.kill(signal.SIGCONT)
-    until(lambda: "/torch_" not in Path(f"/proc/{reader.pid}/maps").read_text())
-    restart()
+    if sent:
+        agent.kill(signal.SIGSTOP)
+        reader.kill(signal.SIGCONT)
+        until(lambda: "/torch_" not in Path(f"/proc/{reader.pid}/maps").read_text())
+        restart()
+    else:
+        restart()
+        reader.kill(signal.SIGCONT)
     owner.hear()
     owner.do("policy.resume(timeout=20)")
     assert reader.hear() == 1
+    owner.do("with policy.update(timeout=5): pass")
     state.close()
 
 
