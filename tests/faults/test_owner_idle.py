@@ -56,7 +56,7 @@ def shut(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         scene.close()
 
 
-@pytest.mark.parametrize("call", ["policy.publish()", "policy.readers(); policy.version", "step(5)"])
+@pytest.mark.parametrize("call", ["step(5)"])
 def test_it_is_had_at_the_owners_next_call(shut: tuple[Scene, Omega], call: str):
     scene, omega = shut
     scene.follow()
