@@ -4,7 +4,7 @@ What was acknowledged has happened exactly once; the call that was under way is 
 still protected; the successor serves within `SERVING_SECONDS`; and Ω. Where k is even the actor stands still until the
 *other* side has called first.
 
-``ETHA_K=pwrite64:2 pytest tests/faults/test_agent_killed.py -k few-publish`` repeats a round.
+``ETHA_K=pwrite64:2 pytest tests/faults/test_agent_killed.py -k "few and publish"`` repeats a round.
 """
 
 from __future__ import annotations

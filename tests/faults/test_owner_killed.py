@@ -4,7 +4,7 @@ Readers see whole versions and then a typed error; the name is free again, in ti
 runs, stands still meanwhile (so that commit, ring and descriptors wait for it, from an owner that is dead by then), or
 is dead itself and followed by another.
 
-``ETHA_K=pwrite64:2 pytest tests/faults/test_owner_killed.py -k few-publish`` repeats a round.
+``ETHA_K=pwrite64:2 pytest tests/faults/test_owner_killed.py -k "few and publish"`` repeats a round.
 """
 
 from __future__ import annotations
