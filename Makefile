@@ -8,13 +8,14 @@ READY := .venv/ready
 EXTRAS := demo,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test stress bench soak lint clean
+.PHONY: help setup demo test faults stress bench soak lint clean
 
 help:
 	@echo 'make setup    .venv with etha (editable) and what development needs; quick when nothing changed'
 	@echo 'make demo     an agent, a trainer and an evaluator; options: make demo ARGS="--steps 1000"'
 	@echo 'make test     ruff, mypy --strict and the tests'
 	@echo 'make lint     ruff and mypy alone'
+	@echo 'make faults   the agent and owners killed at some of their system calls: minutes; needs strace'
 	@echo 'make stress   the tests at their full counts: long'
 	@echo 'make bench    what each operation costs, beside its bare floor: minutes; options: make bench ARGS="--only lease"'
 	@echo 'make soak     64 workers for two hours, and whether anything grows; options: make soak ARGS="--minutes 10 --plot"'
@@ -51,7 +52,10 @@ lint: setup
 	$(BIN)/python -m mypy --strict etha
 
 test: lint
-	$(BIN)/python -m pytest --durations=15 -m "not stress and not cuda"
+	$(BIN)/python -m pytest --durations=15 -m "not stress and not cuda" --ignore=tests/faults
+
+faults: setup
+	$(BIN)/python -m pytest -m "not stress" tests/faults $(ARGS)
 
 stress: setup
 	$(BIN)/python -m pytest -o faulthandler_timeout=7200 -m "stress and not cuda"

@@ -135,11 +135,13 @@ class Worker:
 class Agent:
     """``etha agent``, as its own process."""
 
+    command = (sys.executable, "-m", "etha", "agent")
+
     def __init__(self, environment: dict[str, str], directory: Path, *arguments: str) -> None:
         self.errors = directory / f"agent-{time.monotonic_ns()}.stderr"
         with self.errors.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "etha", "agent", *arguments],
+                [*self.command, *arguments],
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 env=environment,
@@ -150,7 +152,8 @@ class Agent:
         if "serves" not in self.line:
             self.process.wait(PATIENCE)
             self.process.stdout.close()
-            raise RuntimeError(f"the agent did not start: {self.errors.read_text()}")
+            status = self.process.returncode
+            raise RuntimeError(f"the agent did not start, status {status}: {self.errors.read_text()}")
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         self.process.send_signal(number)

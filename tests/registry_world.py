@@ -127,8 +127,10 @@ class World:
         self.run()
         return claim
 
-    def subscribe(self, client, name="w", thread=1, timeout=9.0) -> Import:
-        claim = Import(**self._who(client, thread, timeout), number=next(self.numbers), name=name, generation=0)
+    def subscribe(self, client, name="w", thread=1, timeout=9.0, follows=0) -> Import:
+        claim = Import(
+            **self._who(client, thread, timeout), number=next(self.numbers), name=name, generation=0, follows=follows
+        )
         self.registry.subscribe(claim, self.now)
         self.run()
         return claim

@@ -44,6 +44,7 @@ FROM_WORKER = (
     packets.Read(1, 2, "policy", 7, 0, 77, 1234.5, 1, True),
     packets.Write(1, 2, "policy", False, 77, 1234.5),
     packets.Subscribe(1, "policy", 77, 1234.5),
+    packets.Subscribe(2, "policy", 77, 1234.5, 12),
     packets.Release(1),
     packets.Unmapped(1),
     packets.Bell(1, 2),

@@ -73,6 +73,28 @@ def test_descriptors_promised_count_as_taken(backstage, monkeypatch):
     held.announce(b"a", 2, manifest(6))
 
 
+def test_what_is_fetched_for_memory_that_is_over_is_closed_and_nothing_twice(backstage, monkeypatch, caplog):
+    """The owner of recovering memory sends some of it itself, and moves or closes it, before the fetched ones come."""
+    fetched, sent = os.pipe(), os.dup(0)
+    monkeypatch.setattr(memory, "fetch_descriptors", lambda *_: list(fetched))
+    closed: list[int] = []
+    held = Memory(backstage, lambda *_: None, lambda *_: None, closed.append)
+    held.recover(1, b"a", 1, manifest(2), None)
+    held.arrived(b"a", 1, 0, [sent])
+    held.close(1)
+    backstage._opener.submit(int).result(60)
+    other = os.dup(0)
+    assert other == sent  # a number that was given back is the next one's
+    backstage._helper.submit(int).result(60)
+    backstage.results()
+    assert closed == [1]
+    os.close(other)
+    for fd in fetched:
+        with pytest.raises(OSError, match="Bad file"):
+            os.fstat(fd)
+    assert caplog.text == ""
+
+
 def test_to_have_none_left_for_the_look_means_none(monkeypatch):
     def none_left(_: str):
         raise OSError(24, "too many")

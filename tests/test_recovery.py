@@ -19,6 +19,7 @@ from etha.tensor_bus.command_queue import CommandQueue
 from etha.tensor_bus.ipc.process import process_state
 from etha.tensor_bus.paths import agent_paths
 from etha.tensor_bus.records import SCHEMA
+from etha.tensor_bus.state import ClaimRecord, StateReader
 
 
 def raises(kind: str) -> AbstractContextManager:
@@ -161,6 +162,35 @@ def test_a_registration_in_flight_is_served_once(agent, start_worker, restart):
     assert reader.do("with policy.read() as w: v = w['w'].tolist()\nv") == [1.0] * 8
     reader.do("policy.close()")
     owner.do("policy.close(timeout=20)")
+
+
+@pytest.mark.parametrize("sent", [True, False], ids=["sent", "unsent"])
+def test_a_reader_that_unmapped_for_an_agent_that_died_unmaps_for_the_next(
+    owner: Worker, reader: Worker, restart, agent: Agent, runtime: Path, sent: bool
+):
+    """It was asked to, by an owner that suspends, and what it answered was never read, or could not be sent any more.
+    It asks for its lease again, and gets one and no more."""
+    state = StateReader(str(runtime / "agent_rank0_state.lmdb"))
+    reader.say("with policy.read(min_version=1, timeout=50) as w: v = w.version\nv")
+    until(lambda: any(claim.kind == "lease" for claim in state.all(ClaimRecord).values()))
+    reader.kill(signal.SIGSTOP)
+    owner.say("policy.suspend(timeout=20)")
+    until(lambda: any(claim.kind == "suspend" for claim in state.all(ClaimRecord).values()))
+    asked = state.agent().heartbeat
+    until(lambda: state.agent().heartbeat > asked)
+    if sent:
+        agent.kill(signal.SIGSTOP)
+        reader.kill(signal.SIGCONT)
+        until(lambda: "/torch_" not in Path(f"/proc/{reader.pid}/maps").read_text())
+        restart()
+    else:
+        restart()
+        reader.kill(signal.SIGCONT)
+    owner.hear()
+    owner.do("policy.resume(timeout=20)")
+    assert reader.hear() == 1
+    owner.do("with policy.update(timeout=5): pass")
+    state.close()
 
 
 def test_a_client_closed_meanwhile_leaves_nothing(owner: Worker, reader: Worker, restart, start_worker):

@@ -286,6 +286,26 @@ def test_closing_refuses_reads_and_waits_for_leases_and_mappings(world, owner):
     assert world.registry.publications == {}
 
 
+def test_who_maps_anew_what_is_over_is_told_so_and_gets_nothing_else_of_that_name(world, owner):
+    """Its lease is on memory that lies elsewhere now, whose owner died, or closes it, before it was mapped."""
+    reader, other, w = world.client("reader"), world.client("other"), world.publication()
+    world.subscribe(reader)
+    assert world.subscribe(reader, follows=w.generation).granted
+    w.recovering = True  # so that it waits
+    waiting = world.subscribe(reader, follows=w.generation)
+    assert waiting not in world.failed
+    world.die(owner)
+    assert isinstance(world.failed[waiting], OwnerDiedError)
+    assert isinstance(world.failed[world.subscribe(reader, follows=w.generation)], OwnerDiedError)
+    world.register(other)
+    assert isinstance(world.failed[world.subscribe(reader, follows=w.generation)], OwnerDiedError)
+    new = world.registry.names["w"]
+    world.subscribe(reader)
+    world.close(other, new)
+    assert isinstance(world.failed[world.subscribe(reader, follows=new.generation)], PublicationClosed)
+    assert isinstance(world.failed[world.subscribe(reader, follows=999)], StaleHandle)
+
+
 def test_a_closing_that_times_out_names_the_holder_and_opens_again(world, owner):
     reader, w = world.client("reader"), world.publication()
     world.subscribe(reader)

@@ -183,8 +183,9 @@ def test_a_reader_that_is_woken_unmaps(owner: Worker, reader: Worker):
 def test_who_subscribes_while_it_is_suspended_waits(owner: Worker, start_worker: Callable[..., Worker]):
     owner.do(SUSPEND % 20)
     other = start_worker()
-    with raises("NoPublication"):
+    with raises("NoPublication") as caught:
         other.do("client.subscribe('policy', timeout=0.2)")
+    assert (caught.value.resource, f"pid {owner.pid}" in (caught.value.holder or "")) == ("policy", True)
     other.say("policy = client.subscribe('policy', timeout=50)\n" + VALUE)
     owner.do("policy.resume()")
     assert other.hear() == (1, 1.0)

@@ -65,6 +65,11 @@ def made_by(publications: Mapping[int, Publication], client: bytes, number: int)
     return next((made for made in publications.values() if (made.owner, made.number) == (client, number)), None)
 
 
+def is_up(publication: Publication | None, generation: int) -> bool:
+    """Whether what has the name is still this generation, and is not being closed."""
+    return publication is not None and publication.generation == generation and publication.phase is not Phase.CLOSING
+
+
 def may_follow(claim: Registration, holder: Publication, table: ClaimTable) -> bool:
     """Whether the registration may wait for its name: its owner is dying, or is to be replaced."""
     return not table.clients[holder.owner].connected or may_replace(claim, holder, table)

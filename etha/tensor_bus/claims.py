@@ -168,9 +168,13 @@ class Update(Claim):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Import(Claim):
-    """A subscription, and the right to have one layout of the publication's memory mapped; ``layout`` 0: none."""
+    """A subscription, and the right to have one layout of the publication's memory mapped; ``layout`` 0: none.
+
+    While it waits, ``follows`` is the only generation that will do; 0: any.
+    """
 
     layout: int = 0
+    follows: int = 0
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

@@ -41,12 +41,15 @@ class Connection(Line):
         unasked: generation to failure of a command that nobody waited for.
         on_wanted: sends the descriptors of a command of this client again, as an agent that has none asks for; returns
             whether that is done with.
+        shares: sequences of the commands of which descriptors may be asked for.
     """
 
     def __init__(self, channel: Channel, welcome: packets.Welcome, dial: Callable[[bytes], Channel]) -> None:
         super().__init__(channel, welcome, dial)
         self.unasked: dict[int, EthaError] = {}
         self.on_wanted: Callable[[int], bool] = lambda sequence: True
+        self.shares: Callable[[], Iterable[int]] = tuple
+        self._sent_anew: set[int] = set()
         self._pending: dict[int, Pending] = {}
         self._given_up: set[int] = set()
         self._receiver: Pending | None = None
@@ -219,8 +222,9 @@ class Connection(Line):
         while self._wanted and self._end is None:
             try:
                 sequence = self._wanted[0]
-                if not self.on_wanted(sequence):
+                if sequence not in self._sent_anew and not self.on_wanted(sequence):
                     return
+                self._sent_anew.add(sequence)
                 self._wanted.remove(sequence)
             except (IndexError, ValueError):
                 return  # another thread sent them too
@@ -235,7 +239,10 @@ class Connection(Line):
 
     def _begin_anew(self) -> None:
         self._mail.close()
+        # Sent before they are asked for: for long, the only caller may be one that waits for nothing, as publish().
+        self._sent_anew.clear()
         self._wanted.clear()
+        self._wanted.extend(self.shares())
         for pending in list(self._pending.values()):
             if pending.reply is None:
                 pending.mail.close()

@@ -92,6 +92,7 @@ class Link:
         self.exports: dict[int, Export] = {}
         me = weakref.ref(self)  # which the connection must not keep alive
         connection.on_wanted = lambda sequence: (link := me()) is None or link._send_again(sequence)
+        connection.shares = lambda: () if (link := me()) is None else tuple(link.exports)
         self._finishing = threading.Lock()
         self._made = True
 

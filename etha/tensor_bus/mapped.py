@@ -30,8 +30,8 @@ class Mapped:
 
     _over = True
 
-    def __init__(self, link: Link, name: str, timeout: float) -> None:
-        """Wait for the publication to exist and map it.
+    def __init__(self, link: Link, name: str, timeout: float, follows: int = 0) -> None:
+        """Wait for the publication to exist and map it; ``follows``: this generation's memory anew, or nothing.
 
         Raises:
             EthaError: see `TensorBusClient.subscribe`. Nothing is left mapped.
@@ -40,7 +40,8 @@ class Mapped:
         self.tensors: dict[str, torch.Tensor] = {}
         self._link = link
         self._memory: ImportedMemory | None = None
-        packet = packets.Subscribe(self.number, name, threading.get_native_id(), clock.deadline_after(timeout))
+        deadline = clock.deadline_after(timeout)
+        packet = packets.Subscribe(self.number, name, threading.get_native_id(), deadline, follows)
         try:
             reply, mail = link.request(self.number, packet, timeout)
             if not isinstance(reply, packets.Imported):

@@ -95,12 +95,14 @@ class Subscribe(msgspec.Struct, frozen=True, array_like=True, tag=5):
         name: the publication.
         thread: native id of the calling thread.
         deadline: ``CLOCK_BOOTTIME`` seconds.
+        follows: the generation whose memory it is to be, which lies elsewhere now; 0 for whatever has the name.
     """
 
     number: int
     name: str
     thread: int
     deadline: float
+    follows: int = 0
 
 
 class Release(msgspec.Struct, frozen=True, array_like=True, tag=6):

@@ -72,6 +72,7 @@ class Requests:
                 **who(session, packet.number, packet.thread, packet.deadline, now),
                 name=packet.name,
                 generation=0,
+                follows=packet.follows,
             )
             self._registry.subscribe(wanted, now)
         elif isinstance(packet, packets.Release):

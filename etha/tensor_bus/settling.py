@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from etha.tensor_bus import verdicts
-from etha.tensor_bus.access import may_replace
+from etha.tensor_bus.access import is_up, may_replace
 from etha.tensor_bus.claim_table import ClaimTable, CloseMemory, OpenMemory, Ring
 from etha.tensor_bus.claims import (
     RESTING,
@@ -135,6 +135,9 @@ class Settling:
                 elif claim.judged and publication.phase in RESTING and may_replace(claim, publication, self.table):
                     self._begin_closing(publication, now)
                     self._settle(publication, now)
+            elif isinstance(claim, Import) and claim.follows and not is_up(publication, claim.follows):
+                self._detach(claim)
+                self.table.fail(claim, verdicts.ended(claim, self.publications, self.table.clients))
             elif isinstance(claim, Import) and publication is not None and publication.open:
                 self._detach(claim)
                 claim.generation = publication.generation

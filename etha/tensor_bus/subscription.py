@@ -124,7 +124,8 @@ class Subscription:
         try:
             reply, _ = link.request(number, packet, asked.timeout)
             if isinstance(reply, packets.Unmap):
-                link.connection.claims.discard(number)
+                # A successor may be asked twice, and hear in between that this is unmapped: then the second one waits.
+                link.connection.tell(packets.Release(number))
                 return None
             if not isinstance(reply, packets.Leased):
                 raise TypeError(f"a lease was expected, not {type(reply).__name__}")
@@ -148,7 +149,8 @@ class Subscription:
 
     def _map_again(self, asked: Asked) -> Mapping[str, torch.Tensor]:
         """The memory lies elsewhere now; its tensors. A lease is held, so it stays there meanwhile."""
-        fresh = Mapped(self._link, self.name, max(clock.remaining(asked.deadline), self._link.patience))
+        patience = max(clock.remaining(asked.deadline), self._link.patience)
+        fresh = Mapped(self._link, self.name, patience, self.generation)
         if fresh.generation != self.generation:
             fresh.end()
             raise _followed(self.name)

@@ -38,19 +38,9 @@ def unreadable(claim: Lease, publication: Publication, writer_ahead: bool, owner
     """Why this read can never be granted, or None when it may be, now or later."""
     name = publication.name
     if publication.phase is Phase.DEAD:
-        return OwnerDiedError(
-            f'the owner of "{name}", {owner}, is dead.',
-            resource=name,
-            holder=owner,
-            remedy="Subscribe again: that waits for a new owner.",
-        )
+        return _dead(publication, owner)
     if publication.phase in (Phase.CLOSING, Phase.CLOSED):
-        return PublicationClosed(
-            f'"{name}" was closed by its owner.',
-            resource=name,
-            holder=owner,
-            remedy="Subscribe again: that waits for a new owner.",
-        )
+        return _closed(publication, owner)
     if claim.exact is not None and claim.exact < publication.version:
         return VersionGone(
             f'version {claim.exact} of "{name}" is gone, {publication.version} stands in its place.',
@@ -65,6 +55,24 @@ def unreadable(claim: Lease, publication: Publication, writer_ahead: bool, owner
             remedy="Read again after the owner's next update.",
         )
     return None
+
+
+def _dead(publication: Publication, owner: str) -> OwnerDiedError:
+    return OwnerDiedError(
+        f'the owner of "{publication.name}", {owner}, is dead.',
+        resource=publication.name,
+        holder=owner,
+        remedy="Subscribe again: that waits for a new owner.",
+    )
+
+
+def _closed(publication: Publication, owner: str) -> PublicationClosed:
+    return PublicationClosed(
+        f'"{publication.name}" was closed by its owner.',
+        resource=publication.name,
+        holder=owner,
+        remedy="Subscribe again: that waits for a new owner.",
+    )
 
 
 def readable(claim: Lease, publication: Publication, writer_ahead: bool) -> bool:
@@ -143,6 +151,16 @@ def foreign(publication: Publication, owner: str) -> NotOwner:
     )
 
 
+def ended(claim: Import, publications: Mapping[int, Publication], clients: Mapping[bytes, Client]) -> EthaError:
+    """The publication whose memory was to be mapped again is no more."""
+    publication = publications.get(claim.follows)
+    if publication is None:
+        return over(claim.follows)
+    if publication.phase is Phase.DEAD:
+        return _dead(publication, _label(publication.owner, clients))
+    return _closed(publication, _label(publication.owner, clients))
+
+
 def unsubscribed(name: str) -> StaleHandle:
     """The reader has no import of what it wants to read."""
     return StaleHandle(
@@ -155,6 +173,15 @@ def unsubscribed(name: str) -> StaleHandle:
 def expired(claim: Claim, publication: Publication | None, clients: Mapping[bytes, Client], now: float) -> EthaError:
     """Why the claim was not granted by its deadline, naming who stood in the way."""
     name = claim.name
+    if isinstance(claim, Import) and publication is not None and (publication.recovering or publication.suspended):
+        owner = _label(publication.owner, clients)
+        why = "has suspended it" if publication.suspended else "has made no call since the agent was started anew"
+        return NoPublication(
+            f'"{name}" has no memory that could be mapped: its owner, {owner}, {why}.',
+            resource=name,
+            holder=owner,
+            remedy="Wait longer; its owner's next call, or its resume(), brings the memory.",
+        )
     if isinstance(claim, Import):
         return NoPublication(
             f'nothing named "{name}" was published within the timeout.',
