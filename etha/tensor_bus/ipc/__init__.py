@@ -11,6 +11,7 @@ From the bottom up; nothing here imports torch before it is given tensors::
     descriptors   one owner per descriptor, and room for them
     undo          steps that are taken back, each until it has succeeded
     shareable     which tensors can be shared at all
+    survey        the tensors of one publication, gone through once, before anything is exported
     export        what an owner holds for one publication: manifest, descriptors, pin
     host          host memory: torch's shared storages, by descriptor
     backend       which backend serves a device type (``cuda`` will stand beside ``host`` there)

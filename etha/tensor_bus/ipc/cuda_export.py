@@ -30,8 +30,9 @@ from etha.tensor_bus.ipc.cuda_records import (
 )
 from etha.tensor_bus.ipc.descriptors import SharedFd, reserve_descriptors
 from etha.tensor_bus.ipc.export import Export
-from etha.tensor_bus.ipc.manifest import Manifest, Storage, TensorSpec, name_fault
-from etha.tensor_bus.ipc.shareable import Refusal, dtype_name, refusal
+from etha.tensor_bus.ipc.manifest import Manifest, Storage
+from etha.tensor_bus.ipc.shareable import Refusal
+from etha.tensor_bus.ipc.survey import Survey
 from etha.tensor_bus.ipc.undo import Undo
 
 if TYPE_CHECKING:
@@ -132,18 +133,11 @@ def export(device: Device, owner: bytes, tensors: Mapping[str, object], kind: st
         SystemLimit: more descriptors are needed than the hard limit allows, or device memory ran out.
         DriverError: the driver refuses.
     """
-    import torch
 
     if len(owner) != OWNER_BYTES:
         raise InvalidArgument(f"A client's id has {OWNER_BYTES} bytes, not {len(owner)}.", resource=owner.hex())
     survey = _Survey()
-    with torch._C.DisableTorchFunction():
-        for name, value in _checked(tensors):
-            fault = refusal(value, kind)
-            if fault is not None:
-                raise fault.error(name)
-            if isinstance(value, torch.Tensor):
-                survey.add(name, value)
+    survey.add_all(tensors, kind)
     fds: list[SharedFd] = []
     try:
         with device.current():
@@ -173,51 +167,25 @@ class _Place(NamedTuple):
     nbytes: int
 
 
-class _Survey:
-    """The tables of a manifest, storages still by address."""
+class _Survey(Survey["_Place | None"]):
+    """The tables of a manifest, storages still by address.
+
+    Attributes:
+        places: where the storages that have bytes lie, each once.
+    """
 
     def __init__(self) -> None:
+        super().__init__()
         self.places: list[_Place] = []
-        self.rows: list[_Place | None] = []
-        self.kept: list[torch.UntypedStorage | None] = []
-        self.specs: list[TensorSpec] = []
-        self.names: dict[str, int] = {}
-        self.tensors: dict[str, torch.Tensor] = {}
-        self._spec_of: dict[int, int] = {}
-        self._row_of: dict[int, int] = {}
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Describe one tensor; a tensor object met before only gets another name."""
-        spec = self._spec_of.get(id(tensor))
-        if spec is None:
-            spec = self._spec_of[id(tensor)] = len(self.specs)
-            self.specs.append(
-                TensorSpec(
-                    storage=self._row(name, tensor),
-                    dtype=dtype_name(tensor.dtype),
-                    shape=tuple(tensor.shape),
-                    stride=tuple(tensor.stride()),
-                    offset=int(tensor.storage_offset()) * tensor.element_size(),
-                )
-            )
-        self.names[name] = spec
-        self.tensors[name] = tensor
+    def no_bytes(self) -> None:
+        """Nowhere."""
 
-    def _row(self, name: str, tensor: torch.Tensor) -> int:
-        storage = tensor.untyped_storage()
-        if tensor.numel() == 0 or storage.nbytes() == 0:
-            return self._append(None, None)
-        row = self._row_of.get(storage._cdata)
-        if row is None:
-            place = _Place(name, storage.data_ptr(), storage.nbytes())
-            self.places.append(place)
-            row = self._row_of[storage._cdata] = self._append(place, storage)
-        return row
-
-    def _append(self, place: _Place | None, storage: torch.UntypedStorage | None) -> int:
-        self.rows.append(place)
-        self.kept.append(storage)
-        return len(self.rows) - 1
+    def locate(self, name: str, storage: torch.UntypedStorage) -> _Place:
+        """The address; what lies there is the driver's to say."""
+        place = _Place(name, storage.data_ptr(), storage.nbytes())
+        self.places.append(place)
+        return place
 
 
 class _Range(NamedTuple):
@@ -318,20 +286,3 @@ def _virtual(device: Device, owner: bytes, run: list[_Range], fds: list[SharedFd
             device.settle(undo)
         os.set_inheritable(fds[-1].fileno(), False)
     return VirtualAllocation(device.uuid, owner, tuple(chunks))
-
-
-def _checked(tensors: object) -> list[tuple[str, object]]:
-    if not isinstance(tensors, Mapping):
-        raise InvalidArgument(
-            f"tensors is a {type(tensors).__qualname__}, not a mapping of names to tensors.",
-            remedy="Give dict(module.named_parameters()), for example.",
-        )
-    named: list[tuple[str, object]] = []
-    for name, value in tensors.items():
-        if not isinstance(name, str):
-            raise InvalidArgument(f"The tensor name {name!r} is no string.", resource=repr(name))
-        fault = name_fault(name)
-        if fault is not None:
-            raise InvalidArgument(f"A tensor name {fault}.", resource=ascii(name[:64]))
-        named.append((name, value))
-    return named

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from etha.errors import InvalidArgument, InvalidRecord, NotShareable, StaleHandle, SystemLimit
+from etha.errors import InvalidRecord, NotShareable, StaleHandle, SystemLimit
 from etha.tensor_bus.ipc import libc, maps
 from etha.tensor_bus.ipc.descriptors import SharedFd, reserve_descriptors
 from etha.tensor_bus.ipc.export import Export
@@ -29,11 +29,10 @@ from etha.tensor_bus.ipc.manifest import (
     HostAllocation,
     Manifest,
     Storage,
-    TensorSpec,
-    name_fault,
     validate,
 )
-from etha.tensor_bus.ipc.shareable import Refusal, dtype_name, refusal
+from etha.tensor_bus.ipc.shareable import Refusal
+from etha.tensor_bus.ipc.survey import Survey
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -95,13 +94,15 @@ def export(tensors: Mapping[str, object]) -> Export:
         NotShareable: ``resource`` names the tensor; the text says why, and what to do. Nothing is left open.
         SystemLimit: more descriptors are needed than the hard limit allows.
     """
-    survey = _surveyed(tensors)
+    with maps.OwnRegions() as regions:
+        survey = _Survey(regions)
+        survey.add_all(tensors, "cpu")
     reserve_descriptors(sum(not source.region.deleted for source in survey.sources), len(survey.sources))
     fds = _open_all(survey.sources)
     try:
         manifest = Manifest(
             allocations=tuple(source.allocation for source in survey.sources),
-            storages=tuple(survey.storages),
+            storages=tuple(survey.rows),
             tensors=tuple(survey.specs),
             names=survey.names,
         )
@@ -224,48 +225,25 @@ class _Source:
         return Refusal(reason, remedy).error(self.name)
 
 
-class _Survey:
-    """Collects the tables of a manifest, tensor by tensor, without opening anything."""
+class _Survey(Survey[Storage]):
+    """The tables of a manifest over torch's shared storages.
+
+    Attributes:
+        sources: the files behind the storages, each once.
+    """
 
     def __init__(self, regions: maps.OwnRegions) -> None:
-        self._regions = regions
+        super().__init__()
         self.sources: list[_Source] = []
-        self.storages: list[Storage] = []
-        self.kept: list[torch.UntypedStorage | None] = []
-        self.specs: list[TensorSpec] = []
-        self.names: dict[str, int] = {}
-        self.tensors: dict[str, torch.Tensor] = {}
-        self._spec_of: dict[int, int] = {}
-        self._storage_of: dict[int, int] = {}
+        self._regions = regions
         self._source_of: dict[tuple[int, int], int] = {}
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Describe one tensor; a tensor object met before only gets another name."""
-        row = self._spec_of.get(id(tensor))
-        if row is None:
-            row = self._spec_of[id(tensor)] = len(self.specs)
-            self.specs.append(
-                TensorSpec(
-                    storage=self._storage_row(name, tensor),
-                    dtype=dtype_name(tensor.dtype),
-                    shape=tuple(tensor.shape),
-                    stride=tuple(tensor.stride()),
-                    offset=int(tensor.storage_offset()) * tensor.element_size(),
-                )
-            )
-        self.names[name] = row
-        self.tensors[name] = tensor
+    def no_bytes(self) -> Storage:
+        """A storage of no allocation."""
+        return Storage(allocation=-1, offset=0, nbytes=0)
 
-    def _storage_row(self, name: str, tensor: torch.Tensor) -> int:
-        storage = tensor.untyped_storage()
-        if tensor.numel() == 0 or storage.nbytes() == 0:
-            return self._append(Storage(allocation=-1, offset=0, nbytes=0), None)
-        row = self._storage_of.get(storage._cdata)
-        if row is None:
-            row = self._storage_of[storage._cdata] = self._locate(name, storage)
-        return row
-
-    def _locate(self, name: str, storage: torch.UntypedStorage) -> int:
+    def locate(self, name: str, storage: torch.UntypedStorage) -> Storage:
+        """The file of tmpfs that is mapped under the storage."""
         address, nbytes = storage.data_ptr(), storage.nbytes()
         region = self._regions.find(address, nbytes)
         if region is None:
@@ -277,46 +255,7 @@ class _Survey:
         if source is None:
             source = self._source_of[identity] = len(self.sources)
             self.sources.append(_Source(name, region, storage))
-        return self._append(Storage(source, region.offset + address - region.start, nbytes), storage)
-
-    def _append(self, storage: Storage, kept: torch.UntypedStorage | None) -> int:
-        self.storages.append(storage)
-        self.kept.append(kept)
-        return len(self.storages) - 1
-
-
-def _surveyed(tensors: Mapping[str, object]) -> _Survey:
-    import torch
-
-    named = _checked_names(tensors)
-    with maps.OwnRegions() as regions, torch._C.DisableTorchFunction():
-        survey = _Survey(regions)
-        for name, value in named.items():
-            fault = refusal(value, "cpu")
-            if fault is not None:
-                raise fault.error(name)
-            if isinstance(value, torch.Tensor):
-                survey.add(name, value)
-    return survey
-
-
-def _checked_names(tensors: object) -> dict[str, object]:
-    from collections.abc import Mapping as AnyMapping
-
-    if not isinstance(tensors, AnyMapping):
-        raise InvalidArgument(
-            f"tensors is a {type(tensors).__qualname__}, not a mapping of names to tensors.",
-            remedy="Give dict(module.named_parameters()), for example.",
-        )
-    named: dict[str, object] = {}
-    for name, value in tensors.items():
-        if not isinstance(name, str):
-            raise InvalidArgument(f"The tensor name {name!r} is no string.", resource=repr(name))
-        fault = name_fault(name)
-        if fault is not None:
-            raise InvalidArgument(f"A tensor name {fault}.", resource=ascii(name[:64]))
-        named[name] = value
-    return named
+        return Storage(source, region.offset + address - region.start, nbytes)
 
 
 def _check_own(manifest: Manifest) -> None:
