@@ -47,13 +47,14 @@ def test_a_client_closes_quietly_when_its_agent_is_dead(agent, owner, reader):
     agent.kill()
     agent.process.wait()
     for worker in (owner, reader):
-        worker.do("client.close()")
+        worker.do("client.close(timeout=0.5)")  # so long it waits for a successor
         with raises("ClientClosed"):
             worker.do("client.subscribe('policy')")
 
 
 def test_a_check_does_not_vouch_for_what_it_cannot_know(agent, owner, reader):
     owner.do("other = torch.zeros(4).share_memory_(); left, _ = bootstrap_client()")
+    reader.do("client, _ = bootstrap_client(connection_timeout=1); policy = client.subscribe('policy')")
     reader.do("first = policy.read(); first.check()")
     owner.do("left.register_tensors('other', {'x': other}); None")
     reader.do("other = client.subscribe('other'); second = other.read(); second.check()")
