@@ -131,11 +131,8 @@ class Registry(Settling):
 
     def rebind(self, claim: Rebinding, now: float) -> None:
         """Within an update: the tensors lie elsewhere, or have memory again."""
-        self.table.add(claim)
-        try:
-            publication = written_by(self.publications, self.table, claim)
-        except EthaError as error:
-            self.table.fail(claim, error)
+        publication = self._to_be_moved(claim)
+        if publication is None:
             return
         publication.moving = claim
         self.table.effects.append(MoveMemory(publication.generation))
@@ -165,11 +162,8 @@ class Registry(Settling):
 
     def suspend(self, claim: Suspending, now: float) -> None:
         """Within an update: the owner wants its memory back for a while."""
-        self.table.add(claim)
-        try:
-            publication = written_by(self.publications, self.table, claim)
-        except EthaError as error:
-            self.table.fail(claim, error)
+        publication = self._to_be_moved(claim)
+        if publication is None:
             return
         if publication.suspended:
             self.table.finish(claim, now)
@@ -296,6 +290,15 @@ class Registry(Settling):
                 self._settle_name(claim.name, now)
             if self.table.waits(claim):
                 self.table.wait(claim) if claim.deadline > now else self._expire(claim, now)
+
+    def _to_be_moved(self, claim: Rebinding | Suspending) -> Publication | None:
+        """The publication in whose update the claim comes; where it may not, it has failed."""
+        self.table.add(claim)
+        try:
+            return written_by(self.publications, self.table, claim)
+        except EthaError as error:
+            self.table.fail(claim, error)
+            return None
 
     @staticmethod
     def _in_the_way(claim: Lease, publication: Publication) -> bool:
