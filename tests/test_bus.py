@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from contextlib import AbstractContextManager
 
@@ -284,3 +285,12 @@ def test_interpreters_end_quietly_whatever_is_still_open(agent, start_worker):
     assert owner.end() == 0
     for worker in (reader, owner):
         assert worker.errors.read_text() == ""
+
+
+def test_an_update_that_was_given_back_is_over_before_what_is_published_next(agent, owner: Worker, reader: Worker):
+    """The agent finds both at once, and commands come before packets."""
+    owner.do("update = policy.update(); update.__enter__(); None")
+    agent.kill(signal.SIGSTOP)
+    assert owner.do("update.give_back(); policy.publish()") == 1
+    agent.kill(signal.SIGCONT)
+    assert reader.do("with policy.read(min_version=1, timeout=5) as w: v = w.version\nv") == 1

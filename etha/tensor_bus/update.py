@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import threading
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from etha.errors import EthaError, InvalidArgument
 from etha.tensor_bus import clock, packets
-from etha.tensor_bus.commands import Publish
+from etha.tensor_bus.commands import Publish, Release
 from etha.tensor_bus.link import Ticket
+
+_GIVE_BACK_SECONDS: Final = 0.05
 
 if TYPE_CHECKING:
     from etha.tensor_bus.publication import Publication
@@ -113,8 +115,15 @@ class Update:
 
     def give_back(self) -> None:
         """It was never entered: the publication is what it was."""
-        self._publication._link.release(self._number)
-        self._done()
+        link = self._publication._link
+        try:
+            if self._held:  # through the queue: a publish() that follows must not be served before it
+                link.command(Ticket(), Release(self._number), clock.now() + _GIVE_BACK_SECONDS, answered=False)
+        except EthaError:
+            pass  # a neighbour stands still with the queue in hand; the packet says it too
+        finally:
+            link.release(self._number)
+            self._done()
 
     def _done(self) -> None:
         self._held = False
