@@ -100,7 +100,7 @@ class Suspend(msgspec.Struct, frozen=True, array_like=True, tag="suspend"):
 
 
 class Release(msgspec.Struct, frozen=True, array_like=True, tag="release"):
-    """A claim is over, and there was no agent to be told so on the connection. Not answered.
+    """A claim is over: an update that is given back, or any while there is no agent to be told so. Not answered.
 
     Attributes:
         number: of the claim.
