@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import resource
@@ -44,12 +45,16 @@ def fd() -> Iterator[int]:
 
 @pytest.fixture
 def few_descriptors():
-    """This process may open eight more."""
+    """This process may open eight more, wherever its table of descriptors has holes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    taken = {int(name) for name in os.listdir("/proc/self/fd")}
-    free = sorted(set(range(max(taken) + 2)) - taken)
-    fillers = [os.open("/dev/null", os.O_RDONLY) for _ in free]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(fillers) + 9, hard))
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 10, hard))
+    fillers: list[int] = []
+    with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+        while True:
+            fillers.append(os.open("/dev/null", os.O_RDONLY))
+    for _ in range(8):
+        os.close(fillers.pop())
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     for filler in fillers:
