@@ -11,7 +11,10 @@ import pytest
 
 from etha.errors import EthaError, NotShareable, SystemLimit
 from etha.tensor_bus import memory
-from etha.tensor_bus.ipc.manifest import HostAllocation, Manifest
+from etha.tensor_bus.ipc.allocations import HostAllocation
+from etha.tensor_bus.ipc.backend import HOST
+from etha.tensor_bus.ipc.manifest import Manifest
+from etha.tensor_bus.ipc.mapping import TABLE
 from etha.tensor_bus.memory import Backstage, Memory
 
 
@@ -64,7 +67,7 @@ def manifest(count: int) -> Manifest:
 
 def test_descriptors_promised_count_as_taken(backstage, monkeypatch):
     monkeypatch.setattr(memory, "_free_descriptors", lambda: 10)
-    held = Memory(backstage, lambda *_: None, lambda *_: None, lambda *_: None)
+    held = Memory(backstage, lambda: HOST, lambda *_: None, lambda *_: None, lambda *_: None)
     held.announce(b"a", 1, manifest(6))
     with pytest.raises(SystemLimit) as caught:
         held.announce(b"a", 2, manifest(6))
@@ -78,7 +81,7 @@ def test_what_is_fetched_for_memory_that_is_over_is_closed_and_nothing_twice(bac
     fetched, sent = os.pipe(), os.dup(0)
     monkeypatch.setattr(memory, "fetch_descriptors", lambda *_: list(fetched))
     closed: list[int] = []
-    held = Memory(backstage, lambda *_: None, lambda *_: None, closed.append)
+    held = Memory(backstage, lambda: HOST, lambda *_: None, lambda *_: None, closed.append)
     held.recover(1, b"a", 1, manifest(2), None)
     held.arrived(b"a", 1, 0, [sent])
     held.close(1)
@@ -129,7 +132,7 @@ def test_what_is_fetched_too_late_is_closed_and_nothing_else(backstage, monkeypa
     go, fetched, sent = threading.Event(), os.memfd_create("fetched"), os.memfd_create("sent")
     monkeypatch.setattr(memory, "fetch_descriptors", lambda *_: [-1, fetched] if go.wait(60) else [])
     closed: list[int] = []
-    held = Memory(backstage, lambda *_: None, lambda *_: None, closed.append)
+    held = Memory(backstage, lambda: HOST, lambda *_: None, lambda *_: None, closed.append)
     held.recover(7, b"a", 1, manifest(2), None)
     held.arrived(b"a", 1, 0, [sent])
     held.close(7)
@@ -162,8 +165,8 @@ def aside(monkeypatch) -> Aside:
     class Nothing:
         """What the table would have mapped."""
 
-    monkeypatch.setattr(memory.TABLE, "open", lambda allocation, fd: Nothing())
-    monkeypatch.setattr(memory.TABLE, "release", lambda mapping: None)
+    monkeypatch.setattr(TABLE, "open", lambda *_: Nothing())
+    monkeypatch.setattr(TABLE, "release", lambda mapping: None)
     return Aside()
 
 
@@ -175,7 +178,7 @@ def opened(count: int) -> list[int]:
 def test_a_fetch_that_comes_after_the_end_closes_what_it_fetched_and_nothing_else(aside, end):
     """The numbers of what was closed before it are other files' by then."""
     seen: list[object] = []
-    held = Memory(aside, lambda *each: seen.append(each), lambda *_: None, lambda *_: None)
+    held = Memory(aside, lambda: HOST, lambda *each: seen.append(each), lambda *_: None, lambda *_: None)
     held.recover(7, b"a", 1, manifest(2), None)
     held.arrived(b"a", 1, 0, opened(2))
     assert seen == [(7, None)]
@@ -197,7 +200,7 @@ def test_a_fetch_that_comes_after_the_end_closes_what_it_fetched_and_nothing_els
 def test_a_rebinding_gets_what_arrives_for_the_memory_before_it(aside):
     """An agent that has just followed another has no descriptors yet, and its owner sends only those that are new."""
     moved: list[object] = []
-    held = Memory(aside, lambda *_: None, lambda *each: moved.append(each), lambda *_: None)
+    held = Memory(aside, lambda: HOST, lambda *_: None, lambda *each: moved.append(each), lambda *_: None)
     held.recover(7, b"a", 1, manifest(3), None)
     held.announce_move(b"a", 2, manifest(4), 7)
     held.move(7, b"a", 2)

@@ -12,7 +12,10 @@ import pytest
 from etha.errors import QueueFull
 from etha.tensor_bus import clock, commands, journal, packets, wire
 from etha.tensor_bus.command_queue import CommandQueue
-from etha.tensor_bus.ipc.manifest import HostAllocation, Manifest
+from etha.tensor_bus.fencing import Fencing
+from etha.tensor_bus.ipc.allocations import HostAllocation
+from etha.tensor_bus.ipc.backend import HOST
+from etha.tensor_bus.ipc.manifest import Manifest
 from etha.tensor_bus.ipc.peer import Peer
 from etha.tensor_bus.journal import Journal
 from etha.tensor_bus.memory import Backstage
@@ -36,7 +39,7 @@ class Desk:
         self.backstage = Backstage()
         registry = Registry()
         self.journal = Journal(self.writer, registry)
-        self.service = Service(self.queue, self.journal, registry, self.backstage)
+        self.service = Service(self.queue, self.journal, registry, self.backstage, Fencing(device=False), lambda: HOST)
         ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self.session = Session(ours, Peer.of(ours), 0.0)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from etha.cli.survey import look
 from etha.tensor_bus import clock
-from etha.tensor_bus.ipc.manifest import HostAllocation, Manifest, Storage, TensorSpec
+from etha.tensor_bus.ipc.allocations import HostAllocation
+from etha.tensor_bus.ipc.manifest import Manifest, Storage, TensorSpec
 from etha.tensor_bus.ipc.process import boot_id, pid_namespace
 from etha.tensor_bus.records import SCHEMA
 from etha.tensor_bus.state import (

@@ -50,9 +50,13 @@ def few_descriptors():
     highest = max(int(name) for name in os.listdir("/proc/self/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 10, hard))
     fillers: list[int] = []
-    with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+
+    def fill() -> None:
         while True:
             fillers.append(os.open("/dev/null", os.O_RDONLY))
+
+    with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+        fill()
     for _ in range(8):
         os.close(fillers.pop())
     yield

@@ -10,15 +10,16 @@ From the bottom up; a module imports only what stands above it in this list::
     claims, claim_table, waiting,          the rules: pure, no I/O
       verdicts, access, naming, settling,
       registry
-    pending, channel, bell, line,          a worker's end of the connection, from one agent to the next
-      connection, reach, finding, link
+    client_device, pending, channel,       a worker's end of the connection, from one agent to the next
+      bell, line, connection, reach,
+      finding, endings, link
     copying, lease, mapped, subscription,  what a user holds
       shared, update, publication,
       tracer, client, bootstrap, local
     examination, premises, sessions,       the agent itself
-      switchboard, front_door, memory,
-      chronicle, journal, claimants,
-      orders, requests, service,
+      fencing, switchboard, front_door,
+      held, memory, chronicle, journal,
+      claimants, orders, requests, service,
       recovery, reception, agent
 """
 

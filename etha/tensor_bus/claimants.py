@@ -7,6 +7,7 @@ from typing import Final, TypedDict
 
 from etha.errors import AgentTimeout, InvalidArgument, InvalidRecord
 from etha.tensor_bus import claims
+from etha.tensor_bus.ipc.fence import RELEASED
 from etha.tensor_bus.sessions import Session
 
 NUMBER_LIMIT: Final = 1 << 63
@@ -52,6 +53,17 @@ def require_number(what: str, number: int) -> None:
         raise InvalidArgument(
             f"{what} {number} is out of range.", resource=what, remedy=f"Give a {what} from 0 to 2**63 - 1."
         )
+
+
+def require_fence(fence: int) -> int:
+    """A point of a client's work, as it says it.
+
+    Raises:
+        InvalidRecord: no number that a fence can reach.
+    """
+    if not 0 <= fence < RELEASED:
+        raise InvalidRecord(f"{fence} is no value of a fence.", resource="fence")
+    return fence
 
 
 def require_in_time(what: str, name: str, deadline: float, now: float) -> None:

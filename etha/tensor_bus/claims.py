@@ -90,7 +90,11 @@ class ImpossibleTransition(Exception):
 
 @dataclass(slots=True, eq=False)
 class Client:
-    """A worker's client: a connection, and the process behind it; ``started`` is when, in clock ticks since boot."""
+    """A worker's client: a connection, and the process behind it; ``started`` is when, in clock ticks since boot.
+
+    ``slot`` is its own in the agent's fences; ``fenced``: points of its work that were told before are to be found
+    there. Those of a predecessor's client are not, until it has come back.
+    """
 
     id: bytes
     pid: int
@@ -98,6 +102,8 @@ class Client:
     since: float
     started: int = 0
     connected: bool = True
+    slot: int = 0
+    fenced: bool = True
     claims: set[ClaimId] = field(default_factory=set)
     publications: set[int] = field(default_factory=set)
 
@@ -184,6 +190,7 @@ class Registration(Claim):
     manifest: Manifest
     version: int
     replace: bool = False
+    fence: int = 0
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -217,6 +224,9 @@ class Publication:
         rest: the phase it returns to when what is going on is withdrawn.
         writes: how many updates have begun.
         guarded: False when ``version`` was published without excluding readers.
+        fence: the point of the owner's work behind which ``version`` is whole.
+        after: clients that have read it since the last update, with the points of their work behind which they read no
+            more: the next update's work comes after those.
         memory_open: the agent has, or is opening, mappings of its own.
         memory_closing: it has been told to close them.
         layout, sequence: of the manifest: its number, and the command that brought it.
@@ -242,6 +252,8 @@ class Publication:
     rest: Phase = Phase.READY
     writes: int = 0
     guarded: bool = True
+    fence: int = 0
+    after: dict[bytes, int] = field(default_factory=dict)
     memory_open: bool = True
     memory_closing: bool = False
     layout: int = 1

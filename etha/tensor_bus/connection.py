@@ -24,6 +24,7 @@ from typing import Final
 from etha.errors import EthaError, ForkedClient, InvalidRecord, SystemLimit
 from etha.tensor_bus import clock, packets, wire
 from etha.tensor_bus.channel import Channel
+from etha.tensor_bus.client_device import ClientDevice
 from etha.tensor_bus.line import Line
 from etha.tensor_bus.pending import Pending
 
@@ -38,14 +39,22 @@ class Connection(Line):
     """An authenticated connection, from one agent to the next. Safe across threads.
 
     Attributes:
+        device: what the client shares memory on.
         unasked: generation to failure of a command that nobody waited for.
         on_wanted: sends the descriptors of a command of this client again, as an agent that has none asks for; returns
             whether that is done with.
         shares: sequences of the commands of which descriptors may be asked for.
     """
 
-    def __init__(self, channel: Channel, welcome: packets.Welcome, dial: Callable[[bytes], Channel]) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        welcome: packets.Welcome,
+        dial: Callable[[bytes], Channel],
+        device: ClientDevice,
+    ) -> None:
         super().__init__(channel, welcome, dial)
+        self.device = device
         self.unasked: dict[int, EthaError] = {}
         self.on_wanted: Callable[[int], bool] = lambda sequence: True
         self.shares: Callable[[], Iterable[int]] = tuple
@@ -184,6 +193,7 @@ class Connection(Line):
         elif isinstance(packet, packets.Welcome):
             key, pending = 0, None
             self.epoch = packet.epoch
+            self.device.offer(packet, self._mail.descriptors())
             self.on_return(self.agent.pid)
         elif isinstance(packet, packets.Wanted):
             key, pending = 0, None
@@ -218,7 +228,8 @@ class Connection(Line):
                 return
 
     def _answer_wanted(self) -> None:
-        """Outside of the lock: the agent is new, and has asked for descriptors again."""
+        """Outside of the lock: the agent is new, has fences of its own, and has asked for descriptors again."""
+        self.device.carry_on(lambda packet, fds: self.send(packet, 0.0, fds))
         while self._wanted and self._end is None:
             try:
                 sequence = self._wanted[0]

@@ -204,7 +204,7 @@ class Journal:
                 self.forget_client(client_id)
             else:
                 self._changes[client_key(client_id)] = ClientRecord(
-                    client.pid, client.label, client.started, client.connected, client.since
+                    client.pid, client.label, client.started, client.connected, client.since, client.slot
                 )
 
     def _collect_publication(self, generation: int, now: float) -> None:
@@ -274,4 +274,6 @@ def _version_record(publication: Publication, now: float) -> VersionRecord:
         rest=publication.rest.value,
         recovering=publication.recovering,
         suspended=publication.suspended,
+        fence=publication.fence,
+        after=tuple(publication.after.items()),
     )

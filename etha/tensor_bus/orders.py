@@ -7,7 +7,7 @@ from collections import Counter
 
 from etha.errors import EthaError, QueueFull
 from etha.tensor_bus import claims, commands
-from etha.tensor_bus.claimants import require_in_time, require_number, who
+from etha.tensor_bus.claimants import require_fence, require_in_time, require_number, who
 from etha.tensor_bus.claims import Closing, Rebinding, Registration, Suspending
 from etha.tensor_bus.ipc.manifest import validate
 from etha.tensor_bus.journal import Journal
@@ -54,7 +54,8 @@ class Orders:
         if isinstance(command, commands.Publish):
             try:
                 require_number("version", command.version)
-                registry.publish(client, command.generation, command.version, command.update, now)
+                fence = require_fence(command.fence)
+                registry.publish(client, command.generation, command.version, command.update, now, fence)
                 self._counters["versions"] += 1
             except EthaError as error:
                 record = OutcomeRecord(command.generation, Failure.of(error))
@@ -64,6 +65,7 @@ class Orders:
         elif isinstance(command, commands.Register):
             require_in_time(f'the registration of "{command.name}"', command.name, command.deadline, now)
             require_number("version", command.version)
+            require_fence(command.fence)
             validate(command.manifest)
             self._memory.announce(client, sequence, command.manifest)
             try:
@@ -79,6 +81,7 @@ class Orders:
                     manifest=command.manifest,
                     version=command.version,
                     replace=command.replace,
+                    fence=require_fence(command.fence),
                 ),
                 now,
             )
@@ -96,7 +99,7 @@ class Orders:
             registry.suspend(suspending, now)
         elif isinstance(command, commands.Release):
             session.remove_bell(command.number)
-            registry.release(client, command.number, now)
+            registry.release(client, command.number, now, require_fence(command.fence))
         elif isinstance(command, commands.Leave):
             session.leaving = True
         elif isinstance(command, commands.Close):

@@ -136,7 +136,8 @@ class Publication:
             self._shared.check()
             chosen = self._next_version(version)
             ticket = Ticket()
-            self._commit(ticket, Publish(self.generation, chosen, 0), voids=self._unguarded)
+            fence = self._link.device.order.mark()
+            self._commit(ticket, Publish(self.generation, chosen, 0, fence), voids=self._unguarded)
             self._unguarded = ticket.sequence
             return chosen
 

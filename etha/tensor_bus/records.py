@@ -14,7 +14,7 @@ import msgspec
 
 from etha.errors import LEAVES, EthaError, InvalidRecord
 
-SCHEMA: Final = 3
+SCHEMA: Final = 4
 """Number of the record schema. Agent and worker must agree; it grows with every incompatible change."""
 
 MAX_RECORD_BYTES: Final = 64 << 20

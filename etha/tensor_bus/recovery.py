@@ -131,7 +131,9 @@ class _Recovery:
         return found
 
     def _client(self, client: bytes, record: ClientRecord, found: Recovered) -> None:
-        known = Client(client, record.pid, record.label, record.since, record.started, connected=False)
+        known = Client(
+            client, record.pid, record.label, record.since, record.started, connected=False, slot=record.slot
+        )
         self._registry.table.clients[client] = known
         self._registry.table.dirty.clients.add(client)
         try:
@@ -160,6 +162,7 @@ class _Recovery:
         if publication.phase is Phase.CLOSING:  # its command is served again, if it is not too late
             publication.phase = publication.rest
         publication.writes, publication.guarded = version.writes, version.guarded
+        publication.fence, publication.after = version.fence, dict(version.after)
         publication.layout, publication.sequence = record.layout, record.sequence
         publication.suspended = version.suspended
         publication.wanted_recorded = version.wanted

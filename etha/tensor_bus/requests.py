@@ -5,8 +5,9 @@ from __future__ import annotations
 from etha.errors import InvalidArgument, InvalidRecord
 from etha.tensor_bus import packets, wire
 from etha.tensor_bus.claim_table import Granted, Ring
-from etha.tensor_bus.claimants import NUMBER_LIMIT, require_number, who
+from etha.tensor_bus.claimants import NUMBER_LIMIT, require_fence, require_number, who
 from etha.tensor_bus.claims import Import, Lease, Update
+from etha.tensor_bus.fencing import Fencing
 from etha.tensor_bus.journal import Journal
 from etha.tensor_bus.memory import Memory
 from etha.tensor_bus.records import Failure
@@ -17,8 +18,9 @@ from etha.tensor_bus.sessions import Session
 class Requests:
     """Takes packets, one at a time."""
 
-    def __init__(self, registry: Registry, journal: Journal, memory: Memory) -> None:
+    def __init__(self, registry: Registry, journal: Journal, memory: Memory, fencing: Fencing) -> None:
         self._registry = registry
+        self._fencing = fencing
         self._journal = journal
         self._memory = memory
 
@@ -35,6 +37,9 @@ class Requests:
             return
         if isinstance(packet, packets.Bell):
             self._bell(session, packet, fds)
+            return
+        if isinstance(packet, packets.Fenced):
+            self._fenced(session, fds, now)
             return
         if fds:
             wire.close_all(fds)
@@ -76,15 +81,21 @@ class Requests:
             )
             self._registry.subscribe(wanted, now)
         elif isinstance(packet, packets.Release):
-            self._release(session, packet.number, now)
+            session.remove_bell(packet.number)
+            self._registry.release(session.client, packet.number, now, require_fence(packet.fence))
         elif isinstance(packet, packets.Unmapped):
             self._registry.unmapped(session.client, packet.number, now)
         elif isinstance(packet, packets.Reassert):
             self._reasserted(session, packet, now)
 
-    def _release(self, session: Session, number: int, now: float) -> None:
-        session.remove_bell(number)
-        self._registry.release(session.client, number, now)
+    def _fenced(self, session: Session, fds: list[int], now: float) -> None:
+        try:
+            self._fencing.adopt(fds)
+        finally:
+            wire.close_all(fds)
+        self._registry.fenced(session.client, now)
+        self._registry.look_for_readers(self._fencing.reached, now)
+        self._memory.owner_is_back(session.client)
 
     def _reasserted(self, session: Session, packet: packets.Reassert, now: float) -> None:
         session.reasserted.update(packet.claims)

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 
 from etha.errors import EthaError
 from etha.tensor_bus import claims, packets, verdicts
 from etha.tensor_bus.claim_table import AskUnmap, CloseMemory, Effect, Failed, Granted, MoveMemory, OpenMemory, Ring
 from etha.tensor_bus.claims import Import, Lease, Rebinding, Registration, Update
 from etha.tensor_bus.command_queue import CommandQueue
+from etha.tensor_bus.fencing import Fencing
+from etha.tensor_bus.ipc.backend import Backend
 from etha.tensor_bus.ipc.observation import Observation, observe
 from etha.tensor_bus.journal import Journal
 from etha.tensor_bus.memory import Backstage, Memory
@@ -33,19 +36,29 @@ class Service:
 
     Attributes:
         registry: the rules.
+        fencing: the slots of its clients, where it serves a device.
         counters: what was refused, dropped, served; shown by ``etha status``.
     """
 
-    def __init__(self, queue: CommandQueue, journal: Journal, registry: Registry, backstage: Backstage) -> None:
+    def __init__(
+        self,
+        queue: CommandQueue,
+        journal: Journal,
+        registry: Registry,
+        backstage: Backstage,
+        fencing: Fencing,
+        backend: Callable[[], Backend],
+    ) -> None:
         self.registry = registry
+        self.fencing = fencing
         self.counters: Counter[str] = Counter()
         self._queue = queue
         self._journal = journal
         self._backstage = backstage
-        self._memory = Memory(backstage, self._memory_opened, self._memory_moved, self._memory_closed)
+        self._memory = Memory(backstage, backend, self._memory_opened, self._memory_moved, self._memory_closed)
         self._sessions: dict[bytes, Session] = {}
         self._orders = Orders(registry, journal, self._memory, self.counters)
-        self._requests = Requests(registry, journal, self._memory)
+        self._requests = Requests(registry, journal, self._memory, fencing)
         self._unrecorded: tuple[list[Effect], list[Answer]] = ([], [])
         self._newcomers: list[tuple[Session, packets.Welcome]] = []
         self._now = 0.0
@@ -61,7 +74,7 @@ class Service:
         self._newcomers.append((session, welcome))
         self._sessions[session.client] = session
         peer = session.peer
-        self.registry.client_joined(session.client, peer.pid, peer.label, now, peer.started)
+        self.registry.client_joined(session.client, peer.pid, peer.label, now, peer.started, welcome.slot)
 
     def adopted(self, session: Session, now: float) -> None:
         """A predecessor's client: the registry knows it, and its process lives. What it committed is served.
@@ -74,7 +87,10 @@ class Service:
         for publication in list(self.registry.publications.values()):
             if publication.owner == session.client and publication.recovering:
                 generation, sequence, manifest = publication.generation, publication.sequence, publication.manifest
-                self._memory.recover(generation, session.client, sequence, manifest, session.peer)
+                if self.fencing.needed:
+                    self._memory.await_owner(generation, session.client, sequence, manifest)
+                else:
+                    self._memory.recover(generation, session.client, sequence, manifest, session.peer)
         for sequence, data in self._queue.commands_of(session.client, 0):
             if sequence <= session.served and sequence not in outcomes:
                 self._orders.serve(session, sequence, data, now, again=True)
@@ -104,6 +120,7 @@ class Service:
         """It said goodbye."""
         self.serve(session, now)
         del self._sessions[session.client]
+        self.let_go(session.client)
         self.registry.client_left(session.client, now)
         self._memory.retract(session.client)
 
@@ -111,9 +128,14 @@ class Service:
         """Its process is dead: what it committed is served first, then everything of it goes."""
         self.serve(session, now)
         del self._sessions[session.client]
+        self.let_go(session.client)
         self.registry.client_died(session.client, now)
         self._memory.retract(session.client)
         self.counters["deaths"] += 1
+
+    def let_go(self, client: bytes) -> None:
+        """The client's process is dead, or it has waited for its own work: no stream waits for it any more."""
+        self.fencing.release(self.registry.table.clients[client].slot)
 
     @property
     def clients(self) -> set[bytes]:
@@ -179,7 +201,7 @@ class Service:
             (effects, answers), self._unrecorded = self._unrecorded, ([], [])
             newcomers, self._newcomers = self._newcomers, []
             for session, welcome in newcomers:
-                session.send(welcome)
+                session.send(welcome, self.fencing.fds())
             for effect in effects:
                 try:
                     self._carry_out(effect)
@@ -239,9 +261,15 @@ class Service:
         if isinstance(claim, Lease):
             self.counters["leases"] += 1
             layout = publication.layout
-            session.send(packets.Leased(claim.number, claim.version or 0, claim.writes, claim.guarded, layout))
+            owner = self.registry.table.clients.get(publication.owner)
+            slot, fence = (owner.slot, publication.fence) if owner is not None else (0, 0)
+            session.send(
+                packets.Leased(claim.number, claim.version or 0, claim.writes, claim.guarded, layout, slot, fence)
+            )
         elif isinstance(claim, Update):
-            session.send(packets.MayWrite(claim.number, session.served, publication.oldest_layout))
+            clients = self.registry.table.clients
+            after = tuple((clients[each].slot, fence) for each, fence in publication.after.items() if each in clients)
+            session.send(packets.MayWrite(claim.number, session.served, publication.oldest_layout, after))
         elif isinstance(claim, Import) and not publication.live:
             self.registry.release(claim.client, claim.number, self._now)
             session.send(packets.Refused(claim.number, Failure.of(verdicts.over(claim.generation))))

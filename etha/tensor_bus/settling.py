@@ -17,6 +17,7 @@ from etha.tensor_bus.claim_table import ClaimTable, CloseMemory, OpenMemory, Rin
 from etha.tensor_bus.claims import (
     RESTING,
     Claim,
+    Client,
     Closing,
     Event,
     Import,
@@ -57,13 +58,16 @@ class Settling:
                 for lease in list(publication.leases.values()):
                     self._detach(lease)
                     self.table.forget(lease)
+                for reader in self._unheard(publication):
+                    del publication.after[reader.id]
                 self._settle(publication, now)
                 return
         if isinstance(claim, Closing) and publication is not None and not publication.live:
             return  # it has what it wants, but for the agent's own mapping, which is being closed
         if isinstance(claim, Suspending) and publication is not None and publication.memory_closing:
             return  # likewise
-        error = verdicts.expired(claim, publication, self.table.clients, now)
+        unheard = [] if publication is None else self._unheard(publication)
+        error = verdicts.expired(claim, publication, self.table.clients, now, unheard)
         self._drop(claim, now)
         self.table.fail(claim, error)
 
@@ -103,10 +107,18 @@ class Settling:
         if publication.phase is Phase.CLOSING or not publication.live:
             publication.queue.remove(claim)
             self.table.fail(claim, verdicts.closing(publication.name))
-        elif not writer_ahead and publication.phase in RESTING and not publication.leases:
+        elif not writer_ahead and publication.phase in RESTING and not self._still_read(publication):
             publication.hand_over(claim)
             self.table.dirty.publications.add(publication.generation)
             self.table.grant(claim, now)
+
+    def _still_read(self, publication: Publication) -> bool:
+        return bool(publication.leases or (publication.after and self._unheard(publication)))
+
+    def _unheard(self, publication: Publication) -> list[Client]:
+        """Readers whose work cannot be waited for yet: a predecessor's clients that have not come back."""
+        readers = (self.table.clients.get(client) for client in publication.after)
+        return [reader for reader in readers if reader is not None and not reader.fenced]
 
     def _settle_closing(self, claim: Closing, publication: Publication, writer_ahead: bool, now: float) -> None:
         if publication.live and (writer_ahead or publication.phase not in RESTING):
@@ -151,6 +163,7 @@ class Settling:
             generation, claim.name, claim.client, claim.number, claim.manifest, claim.version, now
         )
         publication.registration = claim
+        publication.fence = claim.fence
         publication.sequence = command_sequence(claim.number) or 0
         self.publications[generation] = self.names[claim.name] = publication
         self.table.clients[claim.client].publications.add(generation)
@@ -206,6 +219,10 @@ class Settling:
             self._drop(claim, now)
         del self.table.clients[client]
         self.table.dirty.clients.add(client)
+        for publication in list(self.publications.values()):
+            if publication.after.pop(client, 0):
+                self.table.dirty.publications.add(publication.generation)
+                self._settle(publication, now)
 
     def _end_update(self, publication: Publication) -> None:
         if publication.update is not None:

@@ -80,12 +80,11 @@ class Shared:
         return export
 
     def moved(self, export: Export) -> list[SharedFd | None]:
-        """The descriptors of an export, None for each allocation that the agent surely has already."""
+        """The descriptors of an export, None for each piece that the agent surely has already."""
         if self._export is None or self._doubtful or self._perhaps_suspended:
             return list(export.fds)
-        here = set(self._export.manifest.allocations)
-        pairs = zip(export.manifest.allocations, export.fds, strict=True)
-        return [None if allocation in here else fd for allocation, fd in pairs]
+        here = set(self._export.manifest.pieces)
+        return [None if piece in here else fd for piece, fd in zip(export.manifest.pieces, export.fds, strict=True)]
 
     def replace(self, export: Export, sequence: int, layout: int) -> None:
         """The agent has it: it is what is shared now. What was before is pinned on, until `let_go`."""

@@ -69,6 +69,7 @@ class ClientRecord(msgspec.Struct, frozen=True, array_like=True):
         started: when the process started, clock ticks since boot: with the pid, its identity. 0 if it was hidden.
         connected: False when the connection ended and the process lives on.
         since: ``CLOCK_BOOTTIME`` seconds.
+        slot: its own in the agent's fences, if that has any.
     """
 
     pid: int
@@ -76,6 +77,7 @@ class ClientRecord(msgspec.Struct, frozen=True, array_like=True):
     started: int
     connected: bool
     since: float
+    slot: int = 0
 
 
 class GenerationRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -140,6 +142,8 @@ class VersionRecord(msgspec.Struct, frozen=True, array_like=True):
         rest: the phase that it returns to when what is going on is withdrawn.
         recovering: the agent is new and has no descriptors of the memory yet: subscriptions wait.
         suspended: the owner has taken its memory back for a while.
+        fence: the point of the owner's work behind which the version is whole; 0: it is.
+        after: clients that have read it, with the points of their work behind which they read no more.
     """
 
     version: int
@@ -151,6 +155,8 @@ class VersionRecord(msgspec.Struct, frozen=True, array_like=True):
     rest: str
     recovering: bool
     suspended: bool
+    fence: int = 0
+    after: tuple[tuple[bytes, int], ...] = ()
 
 
 class ClaimRecord(msgspec.Struct, frozen=True, array_like=True):

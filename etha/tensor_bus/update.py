@@ -46,6 +46,8 @@ class Update:
         with publication._lock:
             publication._next_version(self._asked)
         link = publication._link
+        if link.device.ordered:
+            link.device.order.require_open()
         deadline = clock.deadline_after(self._timeout)
         publication._tell_torn(deadline)
         self._number = link.number()
@@ -65,6 +67,8 @@ class Update:
             if isinstance(reply, packets.MayWrite):
                 link.note_served(reply.served)
                 publication._shared.let_go(reply.oldest)
+                for slot, fence in reply.after:
+                    link.device.order.follow(slot, fence)
         except BaseException:
             self.give_back()
             raise
@@ -100,7 +104,8 @@ class Update:
         with publication._lock:
             version = publication._next_version(self._asked)
             if publication._link.connection.usable:
-                publication._commit(Ticket(), Publish(publication.generation, version, self._number))
+                fence = publication._link.device.order.mark()
+                publication._commit(Ticket(), Publish(publication.generation, version, self._number, fence))
             publication._version = version
             self.version = version
             publication._link.connection.claims.discard(self._number)  # only now: the queue says how it has ended

@@ -3,7 +3,7 @@ Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from etha.errors import (
     AgentTimeout,
@@ -170,8 +170,17 @@ def unsubscribed(name: str) -> StaleHandle:
     )
 
 
-def expired(claim: Claim, publication: Publication | None, clients: Mapping[bytes, Client], now: float) -> EthaError:
-    """Why the claim was not granted by its deadline, naming who stood in the way."""
+def expired(
+    claim: Claim,
+    publication: Publication | None,
+    clients: Mapping[bytes, Client],
+    now: float,
+    unheard: Collection[Client] = (),
+) -> EthaError:
+    """Why the claim was not granted by its deadline, naming who stood in the way.
+
+    ``unheard``: readers whose work cannot be waited for yet.
+    """
     name = claim.name
     if isinstance(claim, Import) and publication is not None and (publication.recovering or publication.suspended):
         owner = _label(publication.owner, clients)
@@ -214,6 +223,15 @@ def expired(claim: Claim, publication: Publication | None, clients: Mapping[byte
             resource=name,
             holder=_label(publication.owner, clients),
             remedy="Its owner has not published a newer one; wait longer.",
+        )
+    if isinstance(claim, Update) and unheard:
+        holder = ", ".join(dict.fromkeys(reader.label for reader in unheard))
+        return LeaseTimeout(
+            f'{holder} has read "{name}", and has made no call since the agent was started anew: until then its device'
+            " work cannot be waited for.",
+            resource=name,
+            holder=holder,
+            remedy='Wait longer, or update(on_timeout="revoke") if that work is surely done.',
         )
     if isinstance(claim, Update):
         return _held_by(publication.waiting_updates(), "been waiting to update", name, now)

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, TypeVar
 from etha.errors import EthaError
 from etha.tensor_bus.ipc import libc, maps
 from etha.tensor_bus.ipc.backend import HOST
+from etha.tensor_bus.ipc.manifest import rows_by_file
 from etha.tensor_bus.ipc.process import open_files
 
 if TYPE_CHECKING:
-    from etha.tensor_bus.ipc.manifest import Allocation, Manifest
+    from etha.tensor_bus.ipc.allocations import Allocation
+    from etha.tensor_bus.ipc.manifest import Manifest
     from etha.tensor_bus.ipc.peer import Peer
 
 T = TypeVar("T")
@@ -29,7 +31,8 @@ _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 def fetch_descriptors(peer: Peer, manifest: Manifest) -> list[int]:
-    """A descriptor per allocation, -1 where none could be had; they are the caller's.
+    """A descriptor per piece, -1 where none could be had; they are the caller's. Of a device's memory none can be had:
+    a descriptor does not show what it is of.
 
     Takes as long as the peer has mappings and descriptors: not for a control loop.
 
@@ -37,8 +40,10 @@ def fetch_descriptors(peer: Peer, manifest: Manifest) -> list[int]:
         peer: the owner; its pidfd is open.
         manifest: has passed `validate`.
     """
-    rows = {(each.device, each.inode): row for row, each in enumerate(manifest.allocations)}
-    found = [-1] * len(rows)
+    rows = rows_by_file(manifest)
+    found = [-1] * len(manifest.pieces)
+    if not rows:
+        return found
     for number, identity in _look(lambda: open_files(peer.pid)):
         row = rows.get(identity)
         if row is not None and found[row] < 0:
@@ -76,7 +81,7 @@ def _checked(fd: int, allocation: Allocation) -> int:
     if fd < 0:
         return -1
     try:
-        HOST.check_descriptor(fd, allocation)
+        HOST.check_descriptors(allocation, [fd])
     except EthaError:
         os.close(fd)
         return -1
