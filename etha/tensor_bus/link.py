@@ -116,7 +116,7 @@ class Link:
         try:
             connection.claims.add(number)
             connection.expect(pending)
-            connection.send(packet, deadline)
+            connection.send_encoded(pending.asked, deadline)
             reply = connection.wait(pending, deadline)
             if isinstance(reply, packets.Refused):
                 raise reply.failure.error()
@@ -252,7 +252,7 @@ class Link:
 
     def reap(self) -> None:
         """Settle what is over: unmap what nobody views, tell the agent, let go of pins. Every call of etha does so."""
-        self._tell_closed()
+        self._tell_closed() if self._dropped or self._closing else TABLE.reap()
         if self._owed:
             self._cancel_owed(clock.now())
         if self._pinned:
