@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from typing import Final
 
 from etha.errors import EthaError
 from etha.tensor_bus import claims, packets, verdicts
@@ -26,6 +27,8 @@ from etha.tensor_bus.sessions import Session
 from etha.tensor_bus.state import MemoryRecord, OutcomeRecord, memory_key
 
 logger = logging.getLogger(__name__)
+
+_VERDICTS: Final = (Granted, Failed)
 
 
 class Service:
@@ -192,7 +195,7 @@ class Service:
 
     def _answer(self, effect: object) -> Answer | None:
         """The outcome that an effect means for a command, if it is about one."""
-        if not isinstance(effect, Granted | Failed):
+        if not isinstance(effect, _VERDICTS):
             return None
         claim = effect.claim
         sequence = claims.command_sequence(claim.number)
@@ -205,7 +208,11 @@ class Service:
         return session, sequence, OutcomeRecord(claim.generation, failure)
 
     def _carry_out(self, effect: object) -> None:
-        if isinstance(effect, OpenMemory):
+        if isinstance(effect, _VERDICTS):
+            session = self._sessions.get(effect.claim.client)
+            if session is not None and claims.command_sequence(effect.claim.number) is None:
+                self._reply(session, effect)
+        elif isinstance(effect, OpenMemory):
             publication = self.registry.publications[effect.generation]
             sequence = claims.command_sequence(publication.number) or 0
             self._memory.expect(effect.generation, publication.owner, sequence, publication.manifest)
@@ -223,10 +230,6 @@ class Service:
             session = self._sessions.get(effect.claim.client)
             if session is not None:
                 session.ring(effect.claim.number)
-        elif isinstance(effect, Granted | Failed):
-            session = self._sessions.get(effect.claim.client)
-            if session is not None and claims.command_sequence(effect.claim.number) is None:
-                self._reply(session, effect)
 
     def _reply(self, session: Session, effect: Granted | Failed) -> None:
         claim = effect.claim
