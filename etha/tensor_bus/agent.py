@@ -182,7 +182,8 @@ class TensorBusAgent:
             self._heartbeat(now)
         service.registry.judge(beginners, now)
         service.registry.expire(now)
-        service.settle(now)
+        # Put off once only: else workers that begin to wait in every turn would keep the others' news from the state.
+        service.settle(now, unjudged=service.registry.table.beginning and not beginners)
         self._watch_backlogs(now)
 
     def _patience(self) -> float:

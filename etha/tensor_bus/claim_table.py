@@ -129,6 +129,11 @@ class ClaimTable:
         """Whether the claim is neither granted nor over."""
         return not claim.granted and claim in self
 
+    @property
+    def beginning(self) -> bool:
+        """Whether `take_beginners` has something to give."""
+        return bool(self._beginners)
+
     def take_beginners(self) -> list[Claim]:
         """What began to wait since the last call, in order."""
         beginners, self._beginners = self._beginners, []

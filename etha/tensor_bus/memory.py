@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from etha.errors import EthaError, InvalidRecord, SystemLimit
 from etha.tensor_bus import clock, wire
+from etha.tensor_bus.ipc.descriptors import in_use
 from etha.tensor_bus.ipc.fetching import fetch_descriptors
 from etha.tensor_bus.ipc.manifest import Manifest
 from etha.tensor_bus.ipc.mapping import TABLE, Mapping
@@ -359,10 +360,7 @@ def _unmap(held: Held) -> None:
 
 def _free_descriptors() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        return soft - len(os.listdir("/proc/self/fd")) - _SPARE_DESCRIPTORS
-    except OSError:  # none is left even for the look
-        return 0
+    return max(0, soft - in_use(soft) - _SPARE_DESCRIPTORS)
 
 
 def _too_many(wanted: int, free: int) -> SystemLimit:

@@ -158,14 +158,19 @@ class Service:
 
     # -- settling ---------------------------------------------------------------------------------
 
-    def settle(self, now: float) -> None:
+    def settle(self, now: float, *, unjudged: bool = False) -> None:
         """Record what has changed, then tell those whom it concerns; until nothing is left to do.
+
+        Args:
+            now: of this turn.
+            unjudged: another turn follows at once, which judges what has begun to wait in this one. Where nobody is to
+                be told anything, what has changed is recorded there, with the verdict: one transaction, not two.
 
         What cannot be recorded (a full disk) is not done either: it waits, and so do those whom it concerns, for the
         first turn that can record it.
         """
         table = self.registry.table
-        while table.effects or table.dirty or self._orders.refused or any(self._unrecorded):
+        while table.effects or self._orders.refused or any(self._unrecorded) or (table.dirty and not unjudged):
             effects = table.take_effects()
             answers, self._orders.refused = self._orders.refused, []
             for effect in effects:
@@ -191,7 +196,8 @@ class Service:
                     logger.exception("a mistake of etha's in %r", effect)
             for session, sequence, record in answers:
                 session.send(packets.Outcome(sequence, record.generation, record.failure, session.served))
-        self._journal.record(now)
+        if not unjudged:
+            self._journal.record(now)
 
     def _answer(self, effect: object) -> Answer | None:
         """The outcome that an effect means for a command, if it is about one."""
@@ -291,10 +297,16 @@ class Service:
         session = self._sessions.get(publication.owner)
         if session is not None:
             peer, manifest = session.peer, publication.manifest
-            self._backstage.chore(lambda: observe(peer, manifest), lambda seen: self._observed(generation, seen))
+            publications = self.registry.publications
 
-    def _observed(self, generation: int, seen: Observation | BaseException) -> None:
-        if generation not in self.registry.publications or isinstance(seen, BaseException):
+            def look() -> Observation | None:
+                # By now it may be over, and its owner about other things, which the look would slow down.
+                return observe(peer, manifest) if generation in publications else None
+
+            self._backstage.chore(look, lambda seen: self._observed(generation, seen))
+
+    def _observed(self, generation: int, seen: object) -> None:
+        if generation not in self.registry.publications or not isinstance(seen, Observation):
             return
         record = MemoryRecord(seen.mappings, seen.descriptors, seen.gate)
         self._journal.put(memory_key(generation), record)
