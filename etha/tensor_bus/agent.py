@@ -185,21 +185,25 @@ class TensorBusAgent:
             if fd in self._board.by_pidfd:
                 self._reception.guarded(self._board.by_pidfd[fd], self._reception.died, now)
         for fd, mask in events:
-            if fd == self._door.fileno():
+            session = self._board.by_socket.get(fd)
+            if session is not None:
+                if mask & select.EPOLLOUT:
+                    self._reception.guarded(session, self._send_on, now)
+                self._reception.guarded(session, self._talk, now)
+            elif fd == self._door.fileno():
                 self._admit(now)
             elif fd == self._backstage.fileno():
                 self._backstage.results()
             elif fd == self._stop:
                 self._stopping = True
-            elif fd in self._board.by_socket:
-                self._reception.guarded(self._board.by_socket[fd], partial(self._talk, mask), now)
         if now >= self._next_look:
             self._look(now)
         if now >= self._next_heartbeat:
             self._heartbeat(now)
         service.registry.judge(beginners, now)
         service.registry.expire(now)
-        service.settle(now)
+        # Put off once only: else workers that begin to wait in every turn would keep the others' news from the state.
+        service.settle(now, unjudged=service.registry.table.beginning and not beginners)
         self._watch_backlogs(now)
 
     def _patience(self) -> float:
@@ -222,10 +226,11 @@ class TensorBusAgent:
                 self._reception.cut(next(iter(self._board.strangers.values())), now)
             self._board.admit(session)
 
-    def _talk(self, mask: int, session: Session, now: float) -> None:
-        if mask & select.EPOLLOUT:
-            session.flush()
-            self._board.arm(session)
+    def _send_on(self, session: Session, _: float) -> None:
+        session.flush()
+        self._board.arm(session)
+
+    def _talk(self, session: Session, now: float) -> None:
         for _ in range(_PACKETS_PER_TURN):
             if session.sock is None:
                 return
@@ -262,21 +267,22 @@ class TensorBusAgent:
         if isinstance(packet, packets.Hello) != (session.client == b""):
             wire.close_all(fds)
             raise InvalidRecord("a greeting comes first, and once.", resource="Hello")
-        if not isinstance(packet, packets.Hello | packets.Goodbye):
+        if isinstance(packet, packets.Hello):
+            wire.close_all(fds)
+            self._reception.welcome(session, packet, now)
+        elif isinstance(packet, packets.Goodbye):
+            wire.close_all(fds)
+            self._reception.left(session, now)
+        else:
             self._service.packet(session, packet, fds, now)
-            return
-        wire.close_all(fds)
-        self._reception.welcome(session, packet, now) if isinstance(packet, packets.Hello) else self._reception.left(
-            session, now
-        )
 
     def _watch_backlogs(self, now: float) -> None:
-        for session in list(self._board.by_socket.values()):
+        for session in [each for each in self._board.by_socket.values() if each.failed or each.backlog]:
             if session.stuck:
                 if not session.failed:
                     logger.warning("%s does not read; its connection is cut", session.peer.label)
                 self._reception.guarded(session, self._reception.cut, now)
-            elif session.backlog:
+            else:
                 if session.choked:
                     self._next_look = min(self._next_look, now + _CHOKED_SECONDS)
                 self._board.arm(session)

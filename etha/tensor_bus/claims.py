@@ -118,7 +118,7 @@ class Claim:
     """What all claims have.
 
     Attributes:
-        client, number: its identity.
+        client, number: its identity, together the ``id``.
         actor, label: the thread that asked, and its process for people.
         name: the publication's name.
         generation: the publication; 0 while it waits for one to exist.
@@ -139,10 +139,10 @@ class Claim:
     order: int = 0
     granted: bool = False
     judged: bool = False
+    id: ClaimId = field(init=False)
 
-    @property
-    def id(self) -> ClaimId:
-        return (self.client, self.number)
+    def __post_init__(self) -> None:
+        self.id = (self.client, self.number)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -211,6 +211,9 @@ class Suspending(Claim):
 @dataclass(slots=True, eq=False, kw_only=True)
 class Closing(Claim):
     """An owner's wish to have its memory back for good."""
+
+
+_EXCLUSIVE: Final = (Update, Closing)
 
 
 @dataclass(slots=True, eq=False)
@@ -309,7 +312,7 @@ class Publication:
         """True while an update, a closing or a suspending waits."""
         if self.phase is Phase.CLOSING or isinstance(self.moving, Suspending):
             return True
-        return any(isinstance(claim, Update | Closing) for claim in self.queue)
+        return bool(self.queue) and any(isinstance(claim, _EXCLUSIVE) for claim in self.queue)
 
     def wanted_changed(self) -> bool:
         """Whether `wanted` is not what it was at the last call."""

@@ -155,7 +155,7 @@ class TensorBusClient:
         )
         publication: Publication | None = None
         try:
-            link.command(ticket, record, deadline, answered=True)
+            link.command(ticket, record, deadline, answered=True, ring=False)
             link.exports[ticket.sequence] = export
             link.send_descriptors(ticket.sequence, export.fds, deadline + clock.grace(timeout))
             generation = link.outcome(ticket, deadline, timeout).generation

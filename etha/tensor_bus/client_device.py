@@ -28,6 +28,7 @@ class ClientDevice:
     Attributes:
         name: what this process calls it.
         ordered: False on the host, where work is done when its call returns.
+        unheard: an agent has followed another, and waits for `carry_on`.
     """
 
     def __init__(self, identity: str, welcome: packets.Welcome, fds: Sequence[int]) -> None:
@@ -53,9 +54,9 @@ class ClientDevice:
         self._table: SharedFd | None = None
         self._replaced: list[SharedFd] = []
         self._handed_over: list[SharedFd] = []
-        self._unheard = False
+        self.unheard = False
         self.offer(welcome, fds)
-        self._unheard = False
+        self.unheard = False
 
     def offer(self, welcome: packets.Welcome, fds: Sequence[int]) -> None:
         """An agent has welcomed this client; `carry_on` follows.
@@ -73,7 +74,7 @@ class ClientDevice:
                 self._replaced.append(self._table)
             elif self._table is not None:
                 self._table.close()
-            self._slot, self._table, self._unheard = welcome.slot, fresh, True
+            self._slot, self._table, self.unheard = welcome.slot, fresh, True
 
     @property
     def backend(self) -> Backend:
@@ -114,7 +115,7 @@ class ClientDevice:
         Raises:
             DriverError: the driver refuses; the next call tries again.
         """
-        if not self._unheard:
+        if not self.unheard:
             return
         with self._making:
             try:
@@ -123,7 +124,7 @@ class ClientDevice:
                 tell(packets.Fenced(), [fd.fileno() for fd in self._handed_over])
             except (StreamCapturing, AgentTimeout, AgentGone):
                 return
-            self._unheard = False
+            self.unheard = False
             while self._handed_over:
                 self._handed_over.pop().close()
 

@@ -81,6 +81,9 @@ class Connection(Line):
 
     def forget(self, pending: Pending) -> None:
         """Wait for this reply no more."""
+        if pending.reply is not None:
+            self._pending.pop(pending.key, None)
+            return
         with self._lock:
             self._pending.pop(pending.key, None)
             if pending.reply is None:
@@ -96,24 +99,29 @@ class Connection(Line):
         """
         try:
             while True:
+                if pending.lost:
+                    raise _out_of_descriptors()
+                reply = pending.reply
+                if reply is not None:
+                    return reply
                 with self._lock:
-                    if pending.lost:
-                        raise _out_of_descriptors()
-                    if pending.reply is not None:
-                        return pending.reply
                     self.require_usable()
                     pending.waiting = True
-                    pending.wake.clear()
                     if self._receiver is None:
                         self._receiver = pending
-                if clock.now() >= deadline:
+                    if self._receiver is not pending:
+                        pending.listen()
+                left = deadline - clock.now()
+                if left <= 0:
                     raise self._silent()
                 if self._receiver is not pending:
-                    pending.wake.wait(min(clock.remaining(deadline), _TAKE_OVER_SECONDS))
+                    # Looked at again: its reply may have come before it listened.
+                    if pending.reply is None and not pending.lost:
+                        pending.sleep(min(left, _TAKE_OVER_SECONDS))
                 elif self._lost:
                     self.restore(deadline)
                 else:
-                    self._receive_for(pending, deadline)
+                    self._receive(left)
         finally:
             # Before the lock, whose taking can be interrupted. Two receivers do no harm, one that has left would.
             pending.waiting = False
@@ -122,7 +130,8 @@ class Connection(Line):
             with self._lock:
                 if self._receiver is None:
                     self._close_channels(current=self._closed)
-                    self._wake_one()
+                    if len(self._pending) > 1:
+                        self._wake_one()
 
     def drain(self) -> None:
         """Take in what has arrived, and look for a successor of an agent that is gone; without waiting."""
@@ -140,20 +149,17 @@ class Connection(Line):
             self.restore(0.0)
         self._answer_wanted()
 
-    def _receive_for(self, pending: Pending, deadline: float) -> None:
-        channel = self._channel
+    def _receive(self, seconds: float) -> None:
+        """Wait for one packet, and take it in."""
         poll = select.poll()
-        poll.register(channel.sock, select.POLLIN)
-        while pending.reply is None and not pending.lost and channel is self._channel and not self._lost:
-            left = clock.remaining(deadline)
-            if left <= 0:
-                return
-            if poll.poll(left * 1000 + 1):
+        poll.register(self._channel.sock, select.POLLIN)
+        if poll.poll(seconds * 1000 + 1):
+            try:
                 with self._lock:
-                    try:
-                        self._take_one()
-                    except BlockingIOError:
-                        continue
+                    self._take_one()
+            except BlockingIOError:
+                return
+            if self._wanted or self.device.unheard:
                 self._answer_wanted()
 
     def _take_one(self) -> None:
@@ -210,8 +216,9 @@ class Connection(Line):
             self._mail.close()
             return
         self._mail.move_first(pending.mail)
+        pending.heard(packet)
         if pending.reply is not None:
-            pending.wake.set()
+            pending.wake()
 
     def _lose_descriptors(self, packet: packets.FromAgent) -> None:
         """The packet came without some of its descriptors: whoever waits for them is told, and no one else."""
@@ -219,12 +226,12 @@ class Connection(Line):
         pending = self._pending.get(packet.number) if isinstance(packet, packets.Descriptors) else None
         if pending is not None:
             pending.lost = True
-            pending.wake.set()
+            pending.wake()
 
     def _wake_one(self) -> None:
         for pending in list(self._pending.values()):
             if pending.waiting:
-                pending.wake.set()
+                pending.wake()
                 return
 
     def _answer_wanted(self) -> None:
@@ -260,7 +267,7 @@ class Connection(Line):
 
     def _wake_all(self) -> None:
         for pending in list(self._pending.values()):
-            pending.wake.set()
+            pending.wake()
 
     # -- ends -------------------------------------------------------------------------------------
 

@@ -71,6 +71,10 @@ class Endings:
 
     def settle(self) -> None:
         """Unmap what nobody views, and tell the agent what is over."""
+        if not (self._leases or self._dropped or self._closing):
+            TABLE.reap()
+            self._connection.device.settle()
+            return
         if self._leases:
             self._give_leases_back()
         for ended in list(self._dropped):

@@ -194,10 +194,12 @@ class Journal:
             self._changes[claim_key(*claim_id)] = None if claim is None else _claim_record(claim)
         for generation in dirty.publications:
             self._collect_publication(generation, now)
-        recorded = {made_by for made_by, _ in self._recorded.values()}
-        for claim_id in dirty.claims & self._reserved.keys():
-            if claim_id not in table.claims and claim_id not in recorded:
-                self._free(claim_id)
+        ended = [claim_id for claim_id in dirty.claims & self._reserved.keys() if claim_id not in table.claims]
+        if ended:
+            recorded = {made_by for made_by, _ in self._recorded.values()}
+            for claim_id in ended:
+                if claim_id not in recorded:
+                    self._free(claim_id)
         for client_id in dirty.clients:
             client = table.clients.get(client_id)
             if client is None:

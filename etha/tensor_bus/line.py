@@ -119,7 +119,7 @@ class Line:
 
     def require_own_process(self) -> None:
         """Raise `ForkedClient` in a child that inherited this; an agent that is gone is no matter here."""
-        if self.forked:
+        if self._end is not None and self.forked:
             self.require_usable()
 
     # -- sending ----------------------------------------------------------------------------------
@@ -161,6 +161,10 @@ class Line:
         """
         self._send(encode(packet), deadline, lambda: fds)
 
+    def send_encoded(self, data: bytes, deadline: float) -> None:
+        """`send`, of a packet that was encoded for another reason too."""
+        self._send(data, deadline, None)
+
     def send_bell(self, number: int, bell: Bell, deadline: float) -> None:
         """Give the agent the bell of an import, through a pipe of its own for each agent; and its successors.
 
@@ -173,9 +177,10 @@ class Line:
         finally:
             bell.hand_over()
 
-    def _send(self, data: bytes, deadline: float, fds: Callable[[], Sequence[int]]) -> None:
+    def _send(self, data: bytes, deadline: float, fds: Callable[[], Sequence[int]] | None) -> None:
         while True:
-            self.require_usable()
+            if self._end is not None:
+                self.require_usable()
             if self._lost:
                 if clock.now() >= deadline:
                     raise self._silent()
@@ -183,8 +188,9 @@ class Line:
                 continue
             channel = self._channel
             try:
-                self._flush(channel)
-                wire.send(channel.sock, data, fds())
+                if self._unsent:
+                    self._flush(channel)
+                wire.send(channel.sock, data, () if fds is None else fds())
                 return
             except BlockingIOError:
                 self._wait_for_room(channel, deadline)

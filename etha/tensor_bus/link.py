@@ -107,12 +107,11 @@ class Link:
             EthaError: refused, or not answered in time. Then, and when interrupted, the claim is given back.
         """
         connection = self.connection
-        deadline = packet.deadline + clock.grace(timeout)
-        pending = Pending(number, encode(packet))
+        deadline, pending = packet.deadline + clock.grace(timeout), Pending(number, encode(packet))
         try:
             connection.claims.add(number)
             connection.expect(pending)
-            connection.send(packet, deadline)
+            connection.send_encoded(pending.asked, deadline)
             reply = connection.wait(pending, deadline)
             if isinstance(reply, packets.Refused):
                 raise reply.failure.error()
@@ -137,7 +136,9 @@ class Link:
 
     # -- commands ---------------------------------------------------------------------------------
 
-    def command(self, ticket: Ticket, record: Command, deadline: float, *, answered: bool, voids: int = 0) -> None:
+    def command(
+        self, ticket: Ticket, record: Command, deadline: float, *, answered: bool, voids: int = 0, ring: bool = True
+    ) -> None:
         """Commit a command, then ring.
 
         Args:
@@ -146,6 +147,7 @@ class Link:
             deadline: ``CLOCK_BOOTTIME`` seconds until which to wait for the queue.
             answered: an outcome will be waited for.
             voids: sequence of an earlier command that this one makes needless, or 0.
+            ring: False where `send_descriptors` follows: any packet rings.
 
         Raises:
             AgentTimeout: another worker held the queue until the deadline.
@@ -174,7 +176,8 @@ class Link:
         finally:
             if taken and taken[0]:
                 self._order.release()
-        self.connection.hint(_RING)
+        if ring:
+            self.connection.hint(_RING)
 
     def outcome(self, ticket: Ticket, deadline: float, timeout: float) -> packets.Outcome:
         """Wait for what became of a command.
@@ -206,15 +209,12 @@ class Link:
 
     def undo(self, ticket: Ticket, pin: Any) -> None:
         """Undo a command whose caller gives up; ``pin`` is kept until the agent has done so, or is gone."""
-        sequence = ticket.sequence
-        if sequence and self.connection.usable and not self._never_committed(sequence):
+        sequence, client = ticket.sequence, self.connection.client
+        # Only what was served is ever deleted while its client is there: what is neither was never committed.
+        if sequence and self.connection.usable and (sequence <= self._served or self.queue.holds(client, sequence)):
             self._owed[sequence] = pin
             self._cancel_owed(clock.now() + _CANCEL_SECONDS)
         self.settle(ticket)
-
-    def _never_committed(self, sequence: int) -> bool:
-        # Only what was served is ever deleted while its client is there.
-        return sequence > self._served and not self.queue.holds(self.connection.client, sequence)
 
     def _cancel_owed(self, deadline: float) -> None:
         for sequence, pin in list(self._owed.items()):
@@ -268,11 +268,13 @@ class Link:
         return True
 
     def send_descriptors(self, sequence: int, fds: Sequence[SharedFd | None], deadline: float) -> None:
-        """Send an export's descriptors, those that are None left out.
+        """Send an export's descriptors, those that are None left out; if there are none, ring.
 
         Raises:
             EthaError: see `Connection.send`.
         """
+        if not any(fds):
+            self.connection.hint(_RING)
         first = 0
         while first < len(fds):
             some = list(itertools.takewhile(lambda fd: fd is not None, fds[first : first + packets.FDS_PER_PACKET]))

@@ -23,6 +23,7 @@ from etha.errors import EthaError, InvalidRecord, SystemLimit
 from etha.tensor_bus import clock, wire
 from etha.tensor_bus.held import Held
 from etha.tensor_bus.ipc.backend import Backend
+from etha.tensor_bus.ipc.descriptors import in_use
 from etha.tensor_bus.ipc.fetching import fetch_descriptors
 from etha.tensor_bus.ipc.manifest import Manifest
 from etha.tensor_bus.ipc.peer import Peer
@@ -305,10 +306,7 @@ class Memory:
 
 def _free_descriptors() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        return soft - len(os.listdir("/proc/self/fd")) - _SPARE_DESCRIPTORS
-    except OSError:  # none is left even for the look
-        return 0
+    return max(0, soft - in_use(soft) - _SPARE_DESCRIPTORS)
 
 
 def _too_many(wanted: int, free: int) -> SystemLimit:

@@ -334,7 +334,7 @@ class Publication:
         link, ticket, deadline = self._link, Ticket(), clock.deadline_after(timeout)
         record = Rebind(self.generation, self._writing, export.manifest, threading.get_native_id(), deadline)
         try:
-            link.command(ticket, record, deadline, answered=True)
+            link.command(ticket, record, deadline, answered=True, ring=False)
             link.exports[ticket.sequence] = export
             link.send_descriptors(ticket.sequence, self._shared.moved(export), deadline + clock.grace(timeout))
             link.outcome(ticket, deadline, timeout)

@@ -250,7 +250,12 @@ class Registry(Settling):
         except EthaError as error:
             self.table.fail(claim, error)
             return
-        if isinstance(claim, Lease) and self._in_the_way(claim, publication) and not claim.patient:
+        if (
+            publication.moving is not None
+            and isinstance(claim, Lease)
+            and self._in_the_way(claim, publication)
+            and not claim.patient
+        ):
             self._ask_unmap(claim)
             return
         publication.queue.append(claim)

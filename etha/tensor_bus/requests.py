@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from etha.errors import InvalidArgument, InvalidRecord
 from etha.tensor_bus import packets, wire
 from etha.tensor_bus.claim_table import Granted, Ring
@@ -13,6 +15,8 @@ from etha.tensor_bus.memory import Memory
 from etha.tensor_bus.records import Failure
 from etha.tensor_bus.registry import Registry
 from etha.tensor_bus.sessions import Session
+
+_REQUESTS: Final = (packets.Read, packets.Write, packets.Subscribe)
 
 
 class Requests:
@@ -44,9 +48,7 @@ class Requests:
         if fds:
             wire.close_all(fds)
             raise InvalidRecord("descriptors came with a packet that carries none.", resource="packet")
-        if isinstance(packet, packets.Read | packets.Write | packets.Subscribe) and self._asked_before(
-            session, packet.number, now
-        ):
+        if isinstance(packet, _REQUESTS) and self._asked_before(session, packet.number, now):
             return
         if isinstance(packet, packets.Read):
             try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
+from typing import Final
 
 from etha.errors import EthaError
 from etha.tensor_bus import claims, packets, verdicts
@@ -29,6 +30,8 @@ from etha.tensor_bus.sessions import Session
 from etha.tensor_bus.state import MemoryRecord, OutcomeRecord, memory_key
 
 logger = logging.getLogger(__name__)
+
+_VERDICTS: Final = (Granted, Failed)
 
 
 class Service:
@@ -177,14 +180,19 @@ class Service:
 
     # -- settling ---------------------------------------------------------------------------------
 
-    def settle(self, now: float) -> None:
+    def settle(self, now: float, *, unjudged: bool = False) -> None:
         """Record what has changed, then tell those whom it concerns; until nothing is left to do.
+
+        Args:
+            now: of this turn.
+            unjudged: another turn follows at once, which judges what has begun to wait in this one. Where nobody is to
+                be told anything, what has changed is recorded there, with the verdict: one transaction, not two.
 
         What cannot be recorded (a full disk) is not done either: it waits, and so do those whom it concerns, for the
         first turn that can record it.
         """
         table = self.registry.table
-        while table.effects or table.dirty or self._orders.refused or any(self._unrecorded):
+        while table.effects or self._orders.refused or any(self._unrecorded) or (table.dirty and not unjudged):
             effects = table.take_effects()
             answers, self._orders.refused = self._orders.refused, []
             for effect in effects:
@@ -210,11 +218,12 @@ class Service:
                     logger.exception("a mistake of etha's in %r", effect)
             for session, sequence, record in answers:
                 session.send(packets.Outcome(sequence, record.generation, record.failure, session.served))
-        self._journal.record(now)
+        if not unjudged:
+            self._journal.record(now)
 
     def _answer(self, effect: object) -> Answer | None:
         """The outcome that an effect means for a command, if it is about one."""
-        if not isinstance(effect, Granted | Failed):
+        if not isinstance(effect, _VERDICTS):
             return None
         claim = effect.claim
         sequence = claims.command_sequence(claim.number)
@@ -227,7 +236,11 @@ class Service:
         return session, sequence, OutcomeRecord(claim.generation, failure)
 
     def _carry_out(self, effect: object) -> None:
-        if isinstance(effect, OpenMemory):
+        if isinstance(effect, _VERDICTS):
+            session = self._sessions.get(effect.claim.client)
+            if session is not None and claims.command_sequence(effect.claim.number) is None:
+                self._reply(session, effect)
+        elif isinstance(effect, OpenMemory):
             publication = self.registry.publications[effect.generation]
             sequence = claims.command_sequence(publication.number) or 0
             self._memory.expect(effect.generation, publication.owner, sequence, publication.manifest)
@@ -245,10 +258,6 @@ class Service:
             session = self._sessions.get(effect.claim.client)
             if session is not None:
                 session.ring(effect.claim.number)
-        elif isinstance(effect, Granted | Failed):
-            session = self._sessions.get(effect.claim.client)
-            if session is not None and claims.command_sequence(effect.claim.number) is None:
-                self._reply(session, effect)
 
     def _reply(self, session: Session, effect: Granted | Failed) -> None:
         claim = effect.claim
@@ -316,10 +325,16 @@ class Service:
         session = self._sessions.get(publication.owner)
         if session is not None:
             peer, manifest = session.peer, publication.manifest
-            self._backstage.chore(lambda: observe(peer, manifest), lambda seen: self._observed(generation, seen))
+            publications = self.registry.publications
 
-    def _observed(self, generation: int, seen: Observation | BaseException) -> None:
-        if generation not in self.registry.publications or isinstance(seen, BaseException):
+            def look() -> Observation | None:
+                # By now it may be over, and its owner about other things, which the look would slow down.
+                return observe(peer, manifest) if generation in publications else None
+
+            self._backstage.chore(look, lambda seen: self._observed(generation, seen))
+
+    def _observed(self, generation: int, seen: object) -> None:
+        if generation not in self.registry.publications or not isinstance(seen, Observation):
             return
         record = MemoryRecord(seen.mappings, seen.descriptors, seen.gate)
         self._journal.put(memory_key(generation), record)

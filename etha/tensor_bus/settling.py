@@ -95,13 +95,14 @@ class Settling:
                 self._ring(publication)
 
     def _settle_read(self, claim: Lease, publication: Publication, writer_ahead: bool, now: float) -> None:
+        if verdicts.readable(claim, publication, writer_ahead):
+            publication.lend(claim)
+            self.table.grant(claim, now)
+            return
         error = verdicts.unreadable(claim, publication, writer_ahead, self.table.label(publication.owner))
         if error is not None:
             publication.queue.remove(claim)
             self.table.fail(claim, error)
-        elif verdicts.readable(claim, publication, writer_ahead):
-            publication.lend(claim)
-            self.table.grant(claim, now)
 
     def _settle_update(self, claim: Update, publication: Publication, writer_ahead: bool, now: float) -> None:
         if publication.phase is Phase.CLOSING or not publication.live:

@@ -86,9 +86,11 @@ class Subscription:
             InvalidArgument: both versions were given, or a negative one.
         """
         self._require_open()
-        self._check_versions(version, min_version)
+        if version is not None or min_version is not None:
+            self._check_versions(version, min_version)
         deadline = clock.deadline_after(timeout)
-        self._silence()
+        if self._bell is not None:
+            self._silence()
         if self._link.device.ordered:
             self._link.device.order.require_open()
         patient = False
