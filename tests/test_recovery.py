@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,12 +15,30 @@ from pathlib import Path
 import pytest
 from box import until
 from harness import Agent, Raised, Worker
+from msgspec import structs
+from registry_world import Records, World
 
+from etha.errors import InvalidRecord
+from etha.tensor_bus.claims import Phase
 from etha.tensor_bus.command_queue import CommandQueue
 from etha.tensor_bus.ipc.process import process_state
+from etha.tensor_bus.journal import Journal
 from etha.tensor_bus.paths import agent_paths
 from etha.tensor_bus.records import SCHEMA
-from etha.tensor_bus.state import ClaimRecord, StateReader
+from etha.tensor_bus.recovery import recover, rehearse
+from etha.tensor_bus.registry import Registry
+from etha.tensor_bus.state import (
+    ClaimRecord,
+    ClientRecord,
+    GenerationRecord,
+    PublicationRecord,
+    ServedRecord,
+    StateReader,
+    StateWriter,
+    VersionRecord,
+    publication_key,
+    version_key,
+)
 
 
 def raises(kind: str) -> AbstractContextManager:
@@ -308,3 +327,150 @@ def test_an_agent_of_another_schema_refuses_and_touches_nothing(
     restart.start()
     reader.do("lease.check(); lease.release()")
     owner.do("with policy.update(timeout=20): pass")
+
+
+# -- what is recorded contradicts itself -------------------------------------------------------------------------------
+
+Garble = Callable[[dict], None]
+"""Changes records, key to record, as no agent writes them; their checksums will be right."""
+
+
+def _change(records: dict, kind: type, **fields) -> None:
+    key = min(key for key, record in records.items() if type(record) is kind)
+    records[key] = structs.replace(records[key], **fields)
+
+
+def _move(records: dict, kind: type, to: Callable[[bytes], bytes]) -> None:
+    key = min(key for key, record in records.items() if type(record) is kind)
+    records[to(key)] = records.pop(key)
+
+
+def _twins(records: dict) -> None:
+    """Another live publication of the same name and owner."""
+    _change(records, GenerationRecord, newest=9)
+    for key in (publication_key, version_key):
+        records[key(9)] = records[key(1)]
+
+
+def _lease_of_the_future(records: dict) -> None:
+    lease = next(key for key, record in records.items() if type(record) is ClaimRecord and record.kind == "lease")
+    records[lease] = structs.replace(records[lease], version=8)
+
+
+GARBLED: dict[str, Garble] = {
+    "a phase that there is not": lambda records: _change(records, VersionRecord, phase="asleep"),
+    "a rest that is none": lambda records: _change(records, VersionRecord, rest="writing"),
+    "a version below zero": lambda records: _change(records, VersionRecord, version=-1),
+    "a version that went back": _lease_of_the_future,
+    "a process that cannot be": lambda records: _change(records, ClientRecord, pid=-1),
+    "a key that is too short": lambda records: _move(records, PublicationRecord, lambda key: key[:3]),
+    "a claim of half a client": lambda records: _move(records, ClaimRecord, lambda key: key[:12]),
+    "two of one name": _twins,
+    "numbers used up": lambda records: _change(records, GenerationRecord, newest=(1 << 64) - 1),
+    "numbers given before": lambda records: _change(records, GenerationRecord, newest=0),
+    "served before the first": lambda records: _change(records, ServedRecord, sequence=-7),
+}
+
+
+def garble(garbled: Garble) -> None:
+    """Change the state at rank 0's path, of which no agent lives."""
+    path = agent_paths(0).state
+    reader = StateReader(path)
+    before = reader.everything()
+    reader.close()
+    after = dict(before)
+    garbled(after)
+    assert after != before
+    writer = StateWriter(path)
+    writer.write({**dict.fromkeys(before), **after})
+    writer.close()
+
+
+@pytest.mark.parametrize("name", ["a phase that there is not", "a process that cannot be", "two of one name"])
+def test_a_state_that_contradicts_itself_is_set_aside(
+    owner: Worker, reader: Worker, restart, start_agent, runtime: Path, name: str
+):
+    """Else each agent that starts there would end on it."""
+    reader.do("lease = policy.read()")
+    restart.kill()
+    garble(GARBLED[name])
+    agent = start_agent()
+    for path in (agent_paths(0).state, agent_paths(0).command):
+        assert os.path.exists(path + ".damaged")
+    said = agent.errors.read_text()
+    assert said.count(".damaged") == 2
+    assert "Traceback" not in said
+    with raises("StaleHandle"):
+        owner.do("with policy.update(): pass")
+    for worker in (owner, reader):
+        worker.do("client.close(); client = TensorBusClient(0)")
+    owner.do("policy = client.register_tensors('policy', {'weights': weights})")
+    reader.do("client.subscribe('policy').read().release()")
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict:
+    """What a registry with an owner, a writer, readers and one who waits has on record."""
+    world = World()
+    owner, reader = world.client("owner"), world.client("reader")
+    for name in ("w", "x"):
+        world.register(owner, name)
+        world.subscribe(reader, name)
+    world.publish(owner, world.publication())
+    world.read(reader, world.publication())
+    world.update(owner, world.publication("x"))
+    world.read(reader, world.publication("x"), minimum=5)
+    records = world.records.decoded()
+    return {**records, b"s" + owner: ServedRecord(3)}
+
+
+@pytest.mark.parametrize("garbled", GARBLED.values(), ids=GARBLED)
+def test_a_rehearsal_finds_what_no_agent_writes(recorded: dict, garbled: Garble):
+    rehearse(recorded, 5.0)
+    records = dict(recorded)
+    garbled(records)
+    with pytest.raises(InvalidRecord) as caught:
+        rehearse(records, 5.0)
+    assert caught.value.resource == "state"
+
+
+def test_what_a_rehearsal_lets_pass_can_be_recovered(recorded: dict):
+    """Whoever lives: 1,000 states, each with up to three fields changed to what its type allows."""
+    seed = random.SystemRandom().getrandbits(32)
+    print(f"seed {seed}")
+    source = random.Random(seed)
+    passed = 0
+    for _ in range(1_000):
+        records = dict(recorded)
+        for _ in range(source.randrange(1, 4)):
+            key = source.choice(sorted(records))
+            records[key] = _changed(records[key], source)
+        try:
+            rehearse(records, 5.0)
+        except InvalidRecord:
+            continue
+        passed += 1
+        registry = Registry()
+        journal = Journal(Records(), registry)
+        found = recover(records, registry, journal, 5.0, lambda pid, started, source=source: _perhaps(source))
+        for client in (*found.dead, *(session.client for session in found.living)):
+            registry.client_died(client, 6.0)
+            journal.commit(6.0)
+    assert 50 < passed < 950
+
+
+def _perhaps(source: random.Random) -> None:
+    if source.random() < 0.5:
+        raise ProcessLookupError
+
+
+def _changed(record, source: random.Random):
+    field = source.choice(structs.fields(record))
+    value = getattr(record, field.name)
+    choices = {
+        bool: (True, False),
+        int: (value, 0, 1, 2, -1, 5, 1 << 31, (1 << 63) - 1, (1 << 64) - 1),
+        str: ("", "w", "x", *Phase, "lease", "update", "import", "close"),
+        bytes: (b"", b"owner...........", b"reader.........."),
+    }
+    return structs.replace(record, **{field.name: source.choice(choices.get(type(value), (value,)))})

@@ -15,11 +15,11 @@ From the bottom up; a module imports only what stands above it in this list::
     copying, lease, mapped, subscription,  what a user holds
       shared, update, publication,
       tracer, client, bootstrap, local
-    examination, premises, sessions,       the agent itself
-      switchboard, front_door, memory,
-      chronicle, journal, claimants,
-      orders, requests, service,
-      recovery, reception, agent
+    sessions, switchboard, front_door,     the agent itself
+      memory, chronicle, journal,
+      claimants, orders, requests, service,
+      recovery, examination, premises,
+      reception, agent
 """
 
 from etha.tensor_bus.bootstrap import BootstrapInfo as BootstrapInfo

@@ -2,7 +2,8 @@
 
 LMDB maps its file: where that is cut short or damaged, a look at it can end the process that looks (SIGBUS), or lead it
 round in circles. So a child goes through every record of both files, with a deadline, and says in one line what it
-found. Only then does the agent open them itself.
+found. What the records say is tried as well: the child rehearses a recovery from them (`recovery`), so that what would
+end every agent that starts ends the child. Only then does the agent open the files itself.
 
 Used by the agent alone, before it has any other thread.
 """
@@ -22,6 +23,7 @@ from etha.tensor_bus import clock
 from etha.tensor_bus.command_queue import CommandQueue
 from etha.tensor_bus.paths import AgentPaths
 from etha.tensor_bus.records import SCHEMA
+from etha.tensor_bus.recovery import rehearse
 from etha.tensor_bus.state import ClientRecord, StateReader
 
 _SECONDS: Final = 30.0
@@ -67,6 +69,7 @@ def _look(paths: AgentPaths) -> Finding:
         if agent is not None and agent.schema != SCHEMA:
             return Finding(None, agent.boot, agent.schema)
         records = state.everything()
+        rehearse(records, clock.now())
         queue = CommandQueue(paths)
         for client in queue.clients():
             queue.commands_of(client, 0)
