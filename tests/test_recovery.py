@@ -18,8 +18,10 @@ from harness import Agent, Raised, Worker
 from msgspec import structs
 from registry_world import Records, World
 
-from etha.errors import InvalidRecord
+from etha.errors import InvalidRecord, NoPublication
+from etha.tensor_bus import link
 from etha.tensor_bus.claims import Phase
+from etha.tensor_bus.client import TensorBusClient
 from etha.tensor_bus.command_queue import CommandQueue
 from etha.tensor_bus.ipc.process import process_state
 from etha.tensor_bus.journal import Journal
@@ -406,6 +408,32 @@ def test_a_state_that_contradicts_itself_is_set_aside(
         worker.do("client.close(); client = TensorBusClient(0)")
     owner.do("policy = client.register_tensors('policy', {'weights': weights})")
     reader.do("client.subscribe('policy').read().release()")
+
+
+def test_a_lease_that_the_agent_has_forgotten_is_not_vouched_for(owner: Worker, reader: Worker, restart):
+    """The reader has the file open that was set aside, in which its lease is as good as ever."""
+    reader.do("lease = policy.read(); lease.check(); assert not lease.wanted")
+    restart.kill()
+    garble(GARBLED["a phase that there is not"])
+    restart.start()
+    with raises("StaleHandle") as caught:
+        reader.do("lease.check()")
+    assert caught.value.resource == "policy"
+    assert reader.do("lease.wanted") is True
+
+
+def test_a_client_that_is_made_while_one_agent_follows_another(agent, restart, monkeypatch):
+    """The first has welcomed it, and the state is the second's when it is opened."""
+
+    def late(path: str) -> StateReader:
+        restart()
+        return StateReader(path)
+
+    monkeypatch.setattr(link, "StateReader", late)
+    with TensorBusClient(0, connection_timeout=20) as client:
+        with pytest.raises(NoPublication):
+            client.subscribe("policy", timeout=0.2)
+        assert client.agent_pid != agent.pid
 
 
 @pytest.fixture(scope="module")

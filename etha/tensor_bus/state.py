@@ -313,6 +313,10 @@ class StateReader:
         self._environment = open_environment(path, map_size=MAP_SIZE, readonly=True)
         self._env = self._environment.env
 
+    def superseded(self) -> bool:
+        """Whether another file stands at the path now: an agent has begun anew, and knows nothing of what is here."""
+        return self._environment.superseded()
+
     def agent(self) -> AgentRecord | None:
         """Who serves, or served last."""
         return self._get(AGENT_KEY, AgentRecord)
