@@ -340,9 +340,11 @@ class Publication:
             link.settle(ticket)
             self._shared.replace(export, ticket.sequence, link.state.publication(self.generation).layout)
         except BaseException as error:
-            link.exports.pop(ticket.sequence, None)
             if not isinstance(error, EthaError) or isinstance(error, AgentTimeout | AgentGone):
-                self._shared.doubt(export)  # the agent may have done it, and may not: neither memory may go
+                # The agent may have done it, and may not: neither memory may go.
+                self._shared.doubt(export, ticket.sequence)
+            else:
+                link.exports.pop(ticket.sequence, None)
             link.give_up(ticket, error, export)
             raise
         finally:
