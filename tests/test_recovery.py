@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,10 +21,12 @@ from registry_world import Records, World
 
 from etha.errors import InvalidRecord, NoPublication
 from etha.tensor_bus import link
+from etha.tensor_bus.agent import TensorBusAgent
 from etha.tensor_bus.claims import Phase
 from etha.tensor_bus.client import TensorBusClient
 from etha.tensor_bus.command_queue import CommandQueue
-from etha.tensor_bus.ipc.process import process_state
+from etha.tensor_bus.ipc import fetching
+from etha.tensor_bus.ipc.process import open_files, process_state
 from etha.tensor_bus.journal import Journal
 from etha.tensor_bus.paths import agent_paths
 from etha.tensor_bus.records import SCHEMA
@@ -183,6 +186,36 @@ def test_a_registration_in_flight_is_served_once(agent, start_worker, restart):
     assert reader.do("with policy.read() as w: v = w['w'].tolist()\nv") == [1.0] * 8
     reader.do("policy.close()")
     owner.do("policy.close(timeout=20)")
+
+
+OWN = """
+base = torch.zeros(20, 8).share_memory_()
+for n in range(20):
+    client.register_tensors(f"own {n}", {"x": torch.full((4,), n).share_memory_()})
+    client.register_tensors(f"common {n}", {"x": base[n]})
+"""
+
+
+def test_one_look_at_an_owner_brings_all_its_publications(agent, start_worker, restart, monkeypatch):
+    """A look goes through all that it has open, which grows with its publications."""
+    owner = start_worker(setup=OWN)
+    restart.kill()
+    looks: list[int] = []
+    monkeypatch.setattr(fetching, "open_files", lambda pid: looks.append(pid) or open_files(pid))
+    successor, ready = TensorBusAgent(), threading.Event()
+    thread = threading.Thread(target=successor.run, args=(ready.set,))
+    thread.start()
+    try:
+        assert ready.wait(20)
+        with TensorBusClient(0, connection_timeout=20) as client:
+            for n in range(20):
+                for name, value in ((f"own {n}", n), (f"common {n}", 0)):
+                    with client.subscribe(name, timeout=20) as policy, policy.read() as weights:
+                        assert weights["x"][0].item() == value
+    finally:
+        successor.stop()
+        thread.join(60)
+    assert looks == [owner.pid]
 
 
 @pytest.mark.parametrize("sent", [True, False], ids=["sent", "unsent"])

@@ -15,7 +15,7 @@ import os
 import resource
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -243,19 +243,28 @@ class Memory:
         if before is not None:
             self._backstage.open_or_close(partial(_close, before), lambda _: None)
 
-    def recover(self, generation: int, client: bytes, sequence: int, manifest: Manifest, peer: Peer) -> None:
-        """A predecessor held this: take the descriptors from the owner if the kernel lets us; else it sends them."""
-        self._held[generation] = held = Held(manifest, client, sequence, [-1] * len(manifest.allocations))
-        if not held.fds:
-            self._open_if_complete(generation, held)
-            return
-        self._backstage.chore(
-            lambda: fetch_descriptors(peer, manifest), lambda found: self._fetched(generation, held, found)
-        )
+    def recover(self, client: bytes, peer: Peer, published: Iterable[tuple[int, int, Manifest]]) -> None:
+        """A predecessor held these of one owner (generation, sequence, manifest): take all descriptors from it in one
+        look, if the kernel lets us; else it sends them."""
+        wanting: list[tuple[int, Held]] = []
+        for generation, sequence, manifest in published:
+            self._held[generation] = held = Held(manifest, client, sequence, [-1] * len(manifest.allocations))
+            if held.fds:
+                wanting.append((generation, held))
+            else:
+                self._open_if_complete(generation, held)
+        if wanting:
+            manifests = [held.manifest for _, held in wanting]
+            self._backstage.chore(
+                lambda: fetch_descriptors(peer, manifests), lambda found: self._all_fetched(wanting, found)
+            )
 
-    def _fetched(self, generation: int, held: Held, found: object) -> None:
-        if not isinstance(found, list):
-            return  # its owner has died, or will send them
+    def _all_fetched(self, wanting: list[tuple[int, Held]], found: object) -> None:
+        if isinstance(found, list):  # else their owner has died, or will send them
+            for (generation, held), fds in zip(wanting, found, strict=True):
+                self._fetched(generation, held, fds)
+
+    def _fetched(self, generation: int, held: Held, found: list[int]) -> None:
         if self._held.get(generation) is not held:  # which was closed: its numbers may be other files' by now
             wire.close_all(fd for fd in found if fd >= 0)
             return

@@ -71,10 +71,9 @@ class Service:
         """
         self._sessions[session.client] = session
         outcomes = self._journal.outcomes(session.client)
-        for publication in list(self.registry.publications.values()):
-            if publication.owner == session.client and publication.recovering:
-                generation, sequence, manifest = publication.generation, publication.sequence, publication.manifest
-                self._memory.recover(generation, session.client, sequence, manifest, session.peer)
+        mine = (each for each in self.registry.publications.values() if each.owner == session.client)
+        recovering = [(each.generation, each.sequence, each.manifest) for each in mine if each.recovering]
+        self._memory.recover(session.client, session.peer, recovering)
         for sequence, data in self._queue.commands_of(session.client, 0):
             if sequence <= session.served and sequence not in outcomes:
                 self._orders.serve(session, sequence, data, now, again=True)
