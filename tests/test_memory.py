@@ -80,10 +80,10 @@ def test_descriptors_promised_count_as_taken(backstage, monkeypatch):
 def test_what_is_fetched_for_memory_that_is_over_is_closed_and_nothing_twice(backstage, monkeypatch, caplog):
     """The owner of recovering memory sends some of it itself, and moves or closes it, before the fetched ones come."""
     fetched, sent = os.pipe(), os.dup(0)
-    monkeypatch.setattr(memory, "fetch_descriptors", lambda *_: list(fetched))
+    monkeypatch.setattr(memory, "fetch_descriptors", lambda *_: [list(fetched)])
     closed: list[int] = []
     held = Memory(backstage, lambda: HOST, lambda *_: None, lambda *_: None, closed.append)
-    held.recover(1, b"a", 1, manifest(2), None)
+    held.recover(b"a", None, [(1, 1, manifest(2))])
     held.arrived(b"a", 1, 0, [sent])
     held.close(1)
     backstage._opener.submit(int).result(60)
@@ -143,10 +143,10 @@ def is_open(fd: int) -> bool:
 def test_what_is_fetched_too_late_is_closed_and_nothing_else(backstage, monkeypatch):
     """Meanwhile the owner has sent some, and closed; their numbers are others' by now."""
     go, fetched, sent = threading.Event(), os.memfd_create("fetched"), os.memfd_create("sent")
-    monkeypatch.setattr(memory, "fetch_descriptors", lambda *_: [-1, fetched] if go.wait(60) else [])
+    monkeypatch.setattr(memory, "fetch_descriptors", lambda *_: [[-1, fetched]] if go.wait(60) else [])
     closed: list[int] = []
     held = Memory(backstage, lambda: HOST, lambda *_: None, lambda *_: None, closed.append)
-    held.recover(7, b"a", 1, manifest(2), None)
+    held.recover(b"a", None, [(7, 1, manifest(2))])
     held.arrived(b"a", 1, 0, [sent])
     held.close(7)
     wait_for(backstage)
@@ -192,7 +192,7 @@ def test_a_fetch_that_comes_after_the_end_closes_what_it_fetched_and_nothing_els
     """The numbers of what was closed before it are other files' by then."""
     seen: list[object] = []
     held = Memory(aside, lambda: HOST, lambda *each: seen.append(each), lambda *_: None, lambda *_: None)
-    held.recover(7, b"a", 1, manifest(2), None)
+    held.recover(b"a", None, [(7, 1, manifest(2))])
     held.arrived(b"a", 1, 0, opened(2))
     assert seen == [(7, None)]
     if end == "closed":
@@ -202,7 +202,7 @@ def test_a_fetch_that_comes_after_the_end_closes_what_it_fetched_and_nothing_els
         held.replace(7, b"a", 2)
     others, fetched = opened(2), opened(2)
     ((_, then),) = aside.chores
-    then(fetched)
+    then([fetched])
     for fd in others:
         os.close(fd)
     for fd in fetched:
@@ -214,14 +214,14 @@ def test_a_rebinding_gets_what_arrives_for_the_memory_before_it(aside):
     """An agent that has just followed another has no descriptors yet, and its owner sends only those that are new."""
     moved: list[object] = []
     held = Memory(aside, lambda: HOST, lambda *_: None, lambda *each: moved.append(each), lambda *_: None)
-    held.recover(7, b"a", 1, manifest(3), None)
+    held.recover(b"a", None, [(7, 1, manifest(3))])
     held.announce_move(b"a", 2, manifest(4), 7)
     held.move(7, b"a", 2)
     held.arrived(b"a", 2, 3, opened(1))
     assert held.wanting(b"a") == [2, 1]
     held.arrived(b"a", 1, 0, opened(1))
     ((_, then),) = aside.chores
-    then([-1, *opened(2)])
+    then([[-1, *opened(2)]])
     assert held.wanting(b"a") == []
     assert moved == [(7, None)]
     held.replace(7, b"a", 2)

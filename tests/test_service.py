@@ -24,7 +24,8 @@ from etha.tensor_bus.records import encode
 from etha.tensor_bus.registry import Registry
 from etha.tensor_bus.service import Service
 from etha.tensor_bus.sessions import Session
-from etha.tensor_bus.state import StateReader, StateWriter
+from etha.tensor_bus.state import StateReader
+from etha.tensor_bus.state_writer import StateWriter
 
 CLIENT = b"c" * 16
 EMPTY = Manifest((), (), (), {})

@@ -24,7 +24,6 @@ from etha.tensor_bus.state import (
     OutcomeRecord,
     PublicationRecord,
     StateReader,
-    StateWriter,
     VersionRecord,
     claim_key,
     client_key,
@@ -35,6 +34,7 @@ from etha.tensor_bus.state import (
     served_key,
     version_key,
 )
+from etha.tensor_bus.state_writer import StateWriter
 
 KEYS = (
     state.AGENT_KEY,

@@ -17,13 +17,13 @@ from etha.tensor_bus.state import (
     ClaimRecord,
     MemoryRecord,
     PublicationRecord,
-    StateWriter,
     VersionRecord,
     claim_key,
     memory_key,
     publication_key,
     version_key,
 )
+from etha.tensor_bus.state_writer import StateWriter
 
 MANIFEST = Manifest(
     (HostAllocation(25, 4711, 64),), (Storage(0, 0, 64),), (TensorSpec(0, "float32", (16,), (1,), 0),), {"w": 0}

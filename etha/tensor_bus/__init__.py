@@ -5,7 +5,8 @@ From the bottom up; a module imports only what stands above it in this list::
     ipc                                    memory of another process: records, host backend, mappings, views
     clock, paths, records                  deadlines; where files are; how records become bytes
     environments, lockfile                 LMDB files, once per process; who serves a path
-    commands, command_queue, state         what workers ask; what the agent knows
+    commands, command_queue, state,        what workers ask; what the agent knows
+      state_writer
     packets, wire                          what crosses the connection, and how
     claims, claim_table, waiting,          the rules: pure, no I/O
       verdicts, access, naming, settling,
@@ -16,11 +17,12 @@ From the bottom up; a module imports only what stands above it in this list::
     copying, lease, mapped, subscription,  what a user holds
       shared, update, publication,
       tracer, client, bootstrap, local
-    examination, premises, sessions,       the agent itself
-      fencing, switchboard, front_door,
-      held, memory, chronicle, journal,
-      claimants, orders, requests, service,
-      recovery, reception, agent
+    sessions, fencing, switchboard,        the agent itself
+      front_door, held, memory, chronicle,
+      journal, claimants, orders,
+      requests, service, recovery,
+      examination, premises, reception,
+      agent
 """
 
 from etha.tensor_bus.bootstrap import BootstrapInfo as BootstrapInfo

@@ -38,7 +38,8 @@ from etha.tensor_bus.recovery import Recovered, recover
 from etha.tensor_bus.registry import Registry
 from etha.tensor_bus.service import Service
 from etha.tensor_bus.sessions import Session
-from etha.tensor_bus.state import AGENT_KEY, AgentRecord, StateReader, StateWriter
+from etha.tensor_bus.state import AGENT_KEY, AgentRecord, StateReader
+from etha.tensor_bus.state_writer import StateWriter
 from etha.tensor_bus.switchboard import Switchboard
 
 logger = logging.getLogger(__name__)

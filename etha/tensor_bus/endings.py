@@ -19,11 +19,11 @@ from etha.tensor_bus.ipc.mapping import TABLE, ImportedMemory
 
 
 class _Ended(NamedTuple):
-    """An import, or only its memory, that is over, and what the agent hears once no tensor of it is left."""
+    """An import, or only its memory (``subscribed``), that is over; the agent hears it once no tensor of it is left."""
 
     number: int
     memory: ImportedMemory | None
-    packet: packets.Release | packets.Unmapped
+    subscribed: bool
 
 
 class Endings:
@@ -34,7 +34,7 @@ class Endings:
 
         Args:
             connection: of the client.
-            release: gives a lease back, by its number, behind a point of this client's work.
+            release: gives a claim back, by its number, behind a point of this client's work.
         """
         self._connection = connection
         self._release = release
@@ -58,8 +58,7 @@ class Endings:
             memory: what was mapped; None if that was noted before, or there was nothing.
             subscribed: the subscription itself goes on.
         """
-        packet = packets.Unmapped(number) if subscribed else packets.Release(number)
-        self._dropped.append(_Ended(number, memory, packet))
+        self._dropped.append(_Ended(number, memory, subscribed))
 
     def lease_dropped(self, number: int, stream: int) -> None:
         """Note that a lease was collected: it is given back behind what its stream has been given by the next call. On
@@ -92,7 +91,10 @@ class Endings:
             return
         for number, ended in list(self._closing.items()):
             if ended.memory is None or not ended.memory.live:
-                self._connection.tell(ended.packet)
+                if ended.subscribed:
+                    self._connection.tell(packets.Unmapped(number))
+                else:
+                    self._release(number, 0)
                 known = self._closing.pop(number, None)
                 if known is not None and known is not ended:
                     self._closing.setdefault(number, known)  # another thread has ended more than this

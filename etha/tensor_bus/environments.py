@@ -74,6 +74,13 @@ class Environment:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def superseded(self) -> bool:
+        """Whether another file stands at the path now. What has merely been removed is still the newest."""
+        try:
+            return not os.path.samestat(os.stat(self.path), self.inodes[0])
+        except FileNotFoundError:
+            return False
+
     def close(self) -> None:
         """Give back one use; the last one closes the file."""
         if self._pid != os.getpid():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 
@@ -37,7 +37,6 @@ from etha.tensor_bus.state import (
     OutcomeRecord,
     PublicationRecord,
     ServedRecord,
-    StateWriter,
     VersionRecord,
     claim_key,
     client_key,
@@ -71,10 +70,18 @@ _KINDS: Final[dict[type[Claim], str]] = {
 }
 
 
+class Writer(Protocol):
+    """What is written to: a `StateWriter`, but for rehearsals."""
+
+    def write(self, changes: Mapping[bytes, msgspec.Struct | None]) -> None: ...
+
+    def oldest_reader(self) -> str | None: ...
+
+
 class Journal:
     """Collects one turn's changes and commits them. Used by the control loop only."""
 
-    def __init__(self, writer: StateWriter, registry: Registry) -> None:
+    def __init__(self, writer: Writer, registry: Registry) -> None:
         self._writer = writer
         self._registry = registry
         self._changes: dict[bytes, msgspec.Struct | None] = {}

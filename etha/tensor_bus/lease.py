@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from etha.errors import LeaseReleased, LeaseTimeout, OwnerDiedError, TornError
+from etha.errors import LeaseReleased, LeaseTimeout, OwnerDiedError, StaleHandle, TornError
 from etha.tensor_bus import clock, packets
 from etha.tensor_bus.claims import Phase
 from etha.tensor_bus.copying import copy_tensors
@@ -90,9 +90,10 @@ class Lease(Mapping[str, "torch.Tensor"]):
 
     @property
     def wanted(self) -> bool:
-        """True when someone waits for this lease: an update, or the owner's closing. Costs a look at the state."""
+        """True when someone waits for this lease, an update or the owner's closing; and when the agent knows nothing of
+        it any more. Costs a look at the state."""
         self._require_held()
-        record = self._link.state.version(self._generation)
+        record = None if self._link.state.superseded() else self._link.state.version(self._generation)
         return record is None or record.wanted or record.writes != self._writes
 
     def check(self) -> None:
@@ -106,12 +107,19 @@ class Lease(Mapping[str, "torch.Tensor"]):
             TornError: a write began since the lease was granted: it was revoked, or its owner died writing.
             OwnerDiedError: the publication is gone, and whether it was whole cannot be told.
             AgentGone: so is the agent, and none has followed within the client's ``connection_timeout``.
+            StaleHandle: one has followed that knows nothing of the lease: whether it was whole cannot be told.
             LeaseReleased: the lease is over.
         """
         self._require_held()
         if self._link.device.ordered:
             self._await_own_work()
         self._link.connection.ensure_agent(clock.now() + self._link.patience)
+        if self._link.state.superseded():
+            raise StaleHandle(
+                f'the agent that granted the lease on "{self.name}" has gone, and what it knew is lost.',
+                resource=self.name,
+                remedy="Discard what was read, make a new client, and subscribe again.",
+            )
         record = self._link.state.version(self._generation)
         if record is None:
             raise OwnerDiedError(

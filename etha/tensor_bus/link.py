@@ -332,14 +332,15 @@ class Link:
 
 
 def _state_of(connection: Connection, paths: AgentPaths) -> StateReader:
-    """The state at the path, if it is that of the agent at the other end.
+    """The state at the path, if it is that of the agent at the other end, or of one that has followed it meanwhile.
 
     Raises:
         InvalidArgument: it is another agent's.
     """
     state = StateReader(paths.state)
     record = state.agent()
-    if record is not None and record.epoch != connection.epoch:
+    follows = record is not None and os.path.realpath(record.command) == os.path.realpath(paths.command)
+    if record is not None and record.epoch != connection.epoch and not follows:
         state.close()
         raise InvalidArgument(
             f"{paths.state} is the state of pid {record.pid}, {paths.command} the queue of {connection.agent.label}.",

@@ -14,7 +14,7 @@ import os
 import resource
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, Final
@@ -193,10 +193,6 @@ class Memory:
         if before is not None:
             self._close_aside(before)
 
-    def await_owner(self, generation: int, client: bytes, sequence: int, manifest: Manifest) -> None:
-        """A predecessor held this. It is of no use before its owner is back: only then can its work be waited for."""
-        self._held[generation] = Held(manifest, client, sequence, [-1] * len(manifest.pieces), gated=True)
-
     def owner_is_back(self, client: bytes) -> None:
         """What waited for this owner may be opened."""
         for generation, held in list(self._held.items()):
@@ -204,19 +200,44 @@ class Memory:
                 held.gated = False
                 self._open_if_complete(generation, held)
 
-    def recover(self, generation: int, client: bytes, sequence: int, manifest: Manifest, peer: Peer) -> None:
-        """A predecessor held this: take the descriptors from the owner if the kernel lets us; else it sends them."""
-        self._held[generation] = held = Held(manifest, client, sequence, [-1] * len(manifest.pieces))
-        if not held.fds:
-            self._open_if_complete(generation, held)
-            return
-        self._backstage.chore(
-            lambda: fetch_descriptors(peer, manifest), lambda found: self._fetched(generation, held, found)
-        )
+    def await_owner(self, client: bytes, published: Iterable[tuple[int, int, Manifest]]) -> None:
+        """A predecessor held these (generation, sequence, manifest) of one owner. They are of no use before that is
+        back: only then can its work be waited for."""
+        for generation, sequence, manifest in published:
+            self._held[generation] = Held(manifest, client, sequence, [-1] * len(manifest.pieces), gated=True)
 
-    def _fetched(self, generation: int, held: Held, found: object) -> None:
-        if not isinstance(found, list):
-            return  # its owner has died, or will send them
+    def recover(self, client: bytes, peer: Peer, published: Iterable[tuple[int, int, Manifest]]) -> None:
+        """The same, where the kernel may let us take the descriptors from the owner in one look; else it sends them."""
+        wanting: list[tuple[int, Held]] = []
+        for generation, sequence, manifest in published:
+            self._held[generation] = held = Held(manifest, client, sequence, [-1] * len(manifest.pieces))
+            if held.fds:
+                wanting.append((generation, held))
+            else:
+                self._open_if_complete(generation, held)
+        if wanting:
+            self._fetch(peer, wanting)
+
+    def try_again(self, generation: int, peer: Peer) -> bool:
+        """Open once more what could not be recovered; whether its owner is to be asked for descriptors first."""
+        held = self._held[generation]
+        if -1 in held.fds:
+            self._fetch(peer, [(generation, held)])
+            return True
+        held.opening = False
+        self._open_if_complete(generation, held)
+        return False
+
+    def _fetch(self, peer: Peer, wanting: list[tuple[int, Held]]) -> None:
+        manifests = [held.manifest for _, held in wanting]
+        self._backstage.chore(lambda: fetch_descriptors(peer, manifests), partial(self._all_fetched, wanting))
+
+    def _all_fetched(self, wanting: list[tuple[int, Held]], found: object) -> None:
+        if isinstance(found, list):  # else their owner has died, or will send them
+            for (generation, held), fds in zip(wanting, found, strict=True):
+                self._fetched(generation, held, fds)
+
+    def _fetched(self, generation: int, held: Held, found: list[int]) -> None:
         if self._held.get(generation) is not held:  # which was closed: its numbers may be other files' by now
             wire.close_all(fd for fd in found if fd >= 0)
             return

@@ -15,7 +15,7 @@ from typing import Final
 from etha.errors import EthaError
 from etha.tensor_bus import claims, packets, verdicts
 from etha.tensor_bus.claim_table import AskUnmap, CloseMemory, Effect, Failed, Granted, MoveMemory, OpenMemory, Ring
-from etha.tensor_bus.claims import Import, Lease, Rebinding, Registration, Update
+from etha.tensor_bus.claims import Import, Lease, Publication, Rebinding, Registration, Update
 from etha.tensor_bus.command_queue import CommandQueue
 from etha.tensor_bus.fencing import Fencing
 from etha.tensor_bus.ipc.backend import Backend
@@ -87,13 +87,12 @@ class Service:
         """
         self._sessions[session.client] = session
         outcomes = self._journal.outcomes(session.client)
-        for publication in list(self.registry.publications.values()):
-            if publication.owner == session.client and publication.recovering:
-                generation, sequence, manifest = publication.generation, publication.sequence, publication.manifest
-                if self.fencing.needed:
-                    self._memory.await_owner(generation, session.client, sequence, manifest)
-                else:
-                    self._memory.recover(generation, session.client, sequence, manifest, session.peer)
+        mine = (each for each in self.registry.publications.values() if each.owner == session.client)
+        recovering = [(each.generation, each.sequence, each.manifest) for each in mine if each.recovering]
+        if self.fencing.needed:
+            self._memory.await_owner(session.client, recovering)
+        else:
+            self._memory.recover(session.client, session.peer, recovering)
         for sequence, data in self._queue.commands_of(session.client, 0):
             if sequence <= session.served and sequence not in outcomes:
                 self._orders.serve(session, sequence, data, now, again=True)
@@ -109,6 +108,7 @@ class Service:
         self.serve(session, now)
         for sequence in self._memory.wanting(session.client):
             session.send(packets.Wanted(sequence))
+        self._tell_faults(session)
 
     def orphaned(self, session: Session, now: float) -> None:
         """Its connection has ended; its process lives."""
@@ -241,9 +241,7 @@ class Service:
             if session is not None and claims.command_sequence(effect.claim.number) is None:
                 self._reply(session, effect)
         elif isinstance(effect, OpenMemory):
-            publication = self.registry.publications[effect.generation]
-            sequence = claims.command_sequence(publication.number) or 0
-            self._memory.expect(effect.generation, publication.owner, sequence, publication.manifest)
+            self._open_memory(self.registry.publications[effect.generation])
         elif isinstance(effect, MoveMemory):
             moving = self.registry.publications[effect.generation].moving
             if isinstance(moving, Rebinding):
@@ -291,6 +289,31 @@ class Service:
 
     # -- memory -----------------------------------------------------------------------------------
 
+    def _open_memory(self, publication: Publication) -> None:
+        if not publication.recovering:
+            sequence = claims.command_sequence(publication.number) or 0
+            self._memory.expect(publication.generation, publication.owner, sequence, publication.manifest)
+            return
+        session = self._sessions.get(publication.owner)
+        if session is not None and self._memory.try_again(publication.generation, session.peer):
+            session.send(packets.Wanted(publication.sequence))
+
+    def _not_recovered(self, publication: Publication, error: EthaError) -> None:
+        known, fault = publication.fault, verdicts.unopened(publication.name, error)
+        self.registry.unrecovered(publication.generation, fault)
+        if known is None:
+            logger.error("%s", fault.message)
+            session = self._sessions.get(publication.owner)
+            if session is not None:
+                self._tell_faults(session)
+
+    def _tell_faults(self, session: Session) -> None:
+        """Its owner hears at its next call that a publication's memory could not be recovered."""
+        for publication in self.registry.publications.values():
+            if publication.owner == session.client and publication.fault is not None and publication.live:
+                failure = Failure.of(publication.fault)
+                session.send(packets.Outcome(0, publication.generation, failure, session.served))
+
     def _memory_opened(self, generation: int, error: EthaError | None) -> None:
         publication = self.registry.publications.get(generation)
         if publication is None:
@@ -300,7 +323,7 @@ class Service:
                 self.registry.recovered(generation, self._now)
                 self._look_at_owner(generation)
             else:
-                logger.error('"%s" cannot be recovered: %s', publication.name, error)
+                self._not_recovered(publication, error)
             return
         if error is not None:
             self.registry.open_failed(generation, error, self._now)

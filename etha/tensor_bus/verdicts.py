@@ -29,6 +29,7 @@ from etha.tensor_bus.claims import (
     Phase,
     Publication,
     Rebinding,
+    Registration,
     Suspending,
     Update,
 )
@@ -132,6 +133,27 @@ def taken(name: str, owner: str) -> NameTaken:
     )
 
 
+def _never_freed(name: str, owner: str) -> NameTaken:
+    """The name's owner has no connection, so it might have been dying; it lives still."""
+    return NameTaken(
+        f'"{name}" is published by {owner}, which has no connection to the agent, and lives.',
+        resource=name,
+        holder=owner,
+        remedy="Wait for its end, or end it; or choose another name.",
+    )
+
+
+def unopened(name: str, error: EthaError) -> EthaError:
+    """An agent that has followed another cannot open the publication's memory, for this reason."""
+    again = "The next subscribe() tries again; its owner's rebind() gives it other memory."
+    return type(error)(
+        f'the memory of "{name}" could not be opened by an agent that has followed another: {error.message}',
+        resource=error.resource,
+        holder=error.holder,
+        remedy=again if error.remedy is None else f"{again} {error.remedy}",
+    )
+
+
 def over(generation: int) -> StaleHandle:
     """The publication is no more."""
     return StaleHandle(
@@ -182,6 +204,8 @@ def expired(
     ``unheard``: readers whose work cannot be waited for yet.
     """
     name = claim.name
+    if isinstance(claim, Import) and publication is not None and publication.fault is not None:
+        return publication.fault
     if isinstance(claim, Import) and publication is not None and (publication.recovering or publication.suspended):
         owner = _label(publication.owner, clients)
         why = "has suspended it" if publication.suspended else "has made no call since the agent was started anew"
@@ -205,6 +229,10 @@ def expired(
             resource=name,
             remedy="Register again with a longer timeout.",
         )
+    if isinstance(claim, Registration):
+        has_it = clients.get(publication.owner)
+        if has_it is not None and not (claim.replace and has_it.pid == claim.actor[0]):
+            return taken(name, has_it.label) if has_it.connected else _never_freed(name, has_it.label)
     if isinstance(claim, Rebinding):
         return AgentTimeout(
             f'the memory of "{name}" was not opened by the deadline; it is where it was.',

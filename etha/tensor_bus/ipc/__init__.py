@@ -25,6 +25,6 @@ From the bottom up; nothing here imports torch before it is given tensors::
     view          mapping and spec to `torch.Tensor`
     leftovers     what torch left in /dev/shm for a process that died
     observation   which memory of another process holds a publication
-    fetching      descriptors of a publication's memory, taken from its owner while that is idle
+    fetching      descriptors of an owner's publications, taken from it while it is idle
     peer          the process at the other end: its pidfd and credentials, and who may trace us
 """

@@ -38,6 +38,9 @@ RELEASED: Final = 2**62
 """Passes every wait. Not the largest number: the device compares ``(int64)(*slot - value) >= 0``, a cyclic order in
 which 2**64 - 1 comes before 0."""
 
+SLOTS: Final = 1 << 16
+"""Of an agent: clients that it can ever have."""
+
 SLOT_BYTES: Final = 64
 """A slot's own cache line: a device that writes one disturbs no host that reads its neighbour."""
 
@@ -54,7 +57,7 @@ class FenceTable:
         Not safe across threads: the agent's control loop alone uses it.
     """
 
-    def __init__(self, slots: int = 1 << 16) -> None:
+    def __init__(self, slots: int = SLOTS) -> None:
         """Make the file.
 
         Args:
