@@ -20,7 +20,7 @@ GROUPS: Final = (
     Group(handover.warm, ("handover-warm-file_descriptor", "handover-warm-file_system")),
     Group(handover.cold, ("handover-cold-file_descriptor", "handover-cold-file_system")),
     Group(reading.read, ("read", "read-private")),
-    Group(reading.copy_into, ("copy-into",)),
+    Group(reading.copy_into, ("copy-into", "copy-into-small")),
     Group(reading.memory, ("memory",)),
     Group(endings.reclaim, ("reclaim-reader", "reclaim-owner")),
     Group(endings.restart, ("restart",)),
