@@ -56,7 +56,10 @@ def conclude(
         rows=tuple(rows),
     )
     console = Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 230)
-    console.print(table(report.rows))
+    skipped = [row for row in rows if row.etha is None]
+    console.print(table(tuple(row for row in rows if row.etha is not None)))
+    for note in dict.fromkeys(row.note for row in skipped):
+        console.print(Text(f"{note}: {', '.join(row.name for row in skipped if row.note == note)}", "dim"))
     if where is not None:
         write(where, report)
         console.print(Text(f"written: {where}"))

@@ -212,12 +212,12 @@ def _watch(talk: Talk) -> None:
     """From hearing pids until hearing more, the most that was used above the start: by the box, and by these."""
     while True:
         pids = talk.hear()
-        before = peak = (_used(), _own_use(pids))
+        before = peak = (used(), _own_use(pids))
         talk.say("started")
         stop = False
         while not stop:
             stop = _asked(talk)
-            peak = (max(peak[0], _used()), max(peak[1], _own_use(pids)))
+            peak = (max(peak[0], used()), max(peak[1], _own_use(pids)))
         talk.hear()
         talk.say([peak[0] - before[0], peak[1] - before[1]])
 
@@ -227,7 +227,7 @@ def _asked(talk: Talk) -> bool:
     return talk.waiting()
 
 
-def _used() -> int:
+def used() -> int:
     """What the box uses, in bytes.
 
     Not what is missing from MemFree: pages that a core keeps to give out next are not free there, and that is hundreds
