@@ -131,7 +131,7 @@ def test_it_answers_when_the_agent_is_stopped_or_dead(path: str):
     code = """
 import os, sys
 sys.path.insert(0, sys.argv[2])
-from etha.tensor_bus.state import StateWriter
+from etha.tensor_bus.state_writer import StateWriter
 from test_state import RECORDS, state
 writer = StateWriter(sys.argv[1])
 writer.write(RECORDS)

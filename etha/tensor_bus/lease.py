@@ -142,14 +142,16 @@ class Lease(Mapping[str, "torch.Tensor"]):
     ) -> None:
         """Copy tensors of this version into ``targets``, cast where dtypes differ.
 
+        From device to device it is queued on the current stream, as the lease's end will be, and returns at once.
+
         Args:
             targets: a module (its parameters and buffers), or name to tensor: any view to be written.
             names: only these; None for all.
             strict: refuse names that only one side has.
 
         Raises:
-            InvalidArgument: a name is missing or unexpected, or a shape differs; ``resource`` names the tensor.
-                Nothing has been copied then.
+            InvalidArgument: a name is missing or unexpected, a shape differs, or a target is expanded or not strided;
+                ``resource`` names the tensor. Nothing has been copied then.
             LeaseReleased: the lease is over.
         """
         self._require_held()
