@@ -333,8 +333,15 @@ class Memory:
         if held.opening or any(fd < 0 for fd in held.fds):
             return
         held.opening = True
-        tell = self._moved if held.moves else self._opened
-        self._backstage.open_or_close(partial(_open, held), lambda error: tell(generation, error if error else None))
+        self._backstage.open_or_close(partial(_open, held), lambda error: self._tell(generation, held, error))
+
+    def _tell(self, generation: int, held: Held, error: EthaError | None) -> None:
+        """It is open, or cannot be; of what was retracted, replaced or closed meanwhile nobody wants to hear: what is
+        going on by now has been opened by nobody."""
+        if held.moves and self._announced.get((held.client, held.sequence)) is held:
+            self._moved(generation, error)
+        elif not held.moves and self._held.get(generation) is held:
+            self._opened(generation, error)
 
 
 def _open(held: Held) -> None:

@@ -224,6 +224,7 @@ class Registry(Settling):
         except EthaError as error:
             self.table.fail(claim, error)
             return
+        claim.name = publication.name  # whatever the claimant calls it: waits are compared by name
         if isinstance(claim, Lease) and self._in_the_way(claim, publication) and not claim.patient:
             self._ask_unmap(claim)
             return

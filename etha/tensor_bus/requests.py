@@ -5,7 +5,7 @@ from __future__ import annotations
 from etha.errors import InvalidArgument, InvalidRecord
 from etha.tensor_bus import packets, wire
 from etha.tensor_bus.claim_table import Granted, Ring
-from etha.tensor_bus.claimants import NUMBER_LIMIT, require_number, who
+from etha.tensor_bus.claimants import NUMBER_LIMIT, is_request, require_name, require_number, who
 from etha.tensor_bus.claims import Import, Lease, Update
 from etha.tensor_bus.journal import Journal
 from etha.tensor_bus.memory import Memory
@@ -68,6 +68,11 @@ class Requests:
             )
             self._registry.claim(update, now)
         elif isinstance(packet, packets.Subscribe):
+            try:
+                require_name(packet.name)
+            except InvalidArgument as error:
+                session.send(packets.Refused(packet.number, Failure.of(error)))
+                return
             wanted = Import(
                 **who(session, packet.number, packet.thread, packet.deadline, now),
                 name=packet.name,
@@ -84,17 +89,20 @@ class Requests:
 
     def _release(self, session: Session, number: int, now: float) -> None:
         session.remove_bell(number)
-        self._registry.release(session.client, number, now)
+        if is_request(number):
+            self._registry.release(session.client, number, now)
 
     def _reasserted(self, session: Session, packet: packets.Reassert, now: float) -> None:
-        session.reasserted.update(packet.claims)
+        # What is not there is not kept: a worker may name as many numbers as it likes, and as often.
+        claims = self._registry.table.claims
+        session.reasserted.update(number for number in packet.claims if (session.client, number) in claims)
         if not packet.more:
             self._registry.reassert(session.client, session.reasserted, now)
+            session.keep_bells(session.reasserted)
             session.reasserted.clear()
-        outcomes = self._journal.outcomes(session.client)
-        for sequence in packet.commands:
-            if sequence in outcomes:
-                record = outcomes[sequence]
+        asked = set(packet.commands)
+        for sequence, record in self._journal.outcomes(session.client).items():
+            if sequence in asked:
                 session.send(packets.Outcome(sequence, record.generation, record.failure, session.served))
 
     def _bell(self, session: Session, packet: packets.Bell, fds: list[int]) -> None:

@@ -210,7 +210,8 @@ class Service:
             sequence = claims.command_sequence(publication.number) or 0
             self._memory.expect(effect.generation, publication.owner, sequence, publication.manifest)
         elif isinstance(effect, MoveMemory):
-            moving = self.registry.publications[effect.generation].moving
+            moved = self.registry.publications.get(effect.generation)  # one that was suspended may be over already
+            moving = None if moved is None else moved.moving
             if isinstance(moving, Rebinding):
                 self._memory.move(effect.generation, moving.client, claims.command_sequence(moving.number) or 0)
         elif isinstance(effect, CloseMemory):

@@ -14,7 +14,7 @@ The rows hold numbers and strings, so no cycle can go through them: they are mad
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -65,6 +65,11 @@ MAX_INT64: Final = 2**63 - 1
 _MAX_UINT64: Final = 2**64 - 1
 
 
+_ENTRIES: Final = msgspec.Meta(max_length=MAX_ENTRIES)
+_DIMENSIONS: Final = msgspec.Meta(max_length=MAX_DIMENSIONS)
+"""Checked as a record is read, so that one which is too long is refused before it has become objects."""
+
+
 class HostAllocation(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="host"):
     """Host memory behind a descriptor (tmpfs or memfd).
 
@@ -110,8 +115,8 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     storage: int
     dtype: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    shape: Annotated[tuple[int, ...], _DIMENSIONS]
+    stride: Annotated[tuple[int, ...], _DIMENSIONS]
     offset: int
 
 
@@ -125,10 +130,10 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True):
         names: name to index into ``tensors``, in the owner's order.
     """
 
-    allocations: tuple[Allocation, ...]
-    storages: tuple[Storage, ...]
-    tensors: tuple[TensorSpec, ...]
-    names: dict[str, int]
+    allocations: Annotated[tuple[Allocation, ...], _ENTRIES]
+    storages: Annotated[tuple[Storage, ...], _ENTRIES]
+    tensors: Annotated[tuple[TensorSpec, ...], _ENTRIES]
+    names: Annotated[dict[str, int], _ENTRIES]
 
     @property
     def nbytes(self) -> int:
