@@ -21,7 +21,8 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from etha.errors import EthaError
+from etha.errors import EthaError, InvalidRecord
+from etha.tensor_bus.claimants import NUMBER_LIMIT
 from etha.tensor_bus.claims import (
     LIVE,
     RESTING,
@@ -56,6 +57,8 @@ from etha.tensor_bus.state import (
 )
 
 logger = logging.getLogger(__name__)
+
+_PHASES: Final = frozenset(phase.value for phase in Phase)
 
 _FOREVER: Final = float("inf")
 """Deadline of what is granted already."""
@@ -126,6 +129,7 @@ class _Recovery:
         for key, outcome in self._kinds[OutcomeRecord].items():
             outcomes.setdefault(key_client(key), {})[key_number(key)] = outcome
         newest = max((each.newest for each in self._kinds[GenerationRecord].values()), default=0)
+        newest = max(newest, *self._registry.publications, 0)
         self._journal.inherit(self._records, outcomes, self._sizes, newest)
         self._registry.generations = itertools.count(newest + 1)
         return found
@@ -149,7 +153,7 @@ class _Recovery:
         registry = self._registry
         version: VersionRecord | None = self._kinds[VersionRecord].get(version_key(generation))
         owner = registry.table.clients.get(record.owner)
-        if version is None or version.phase == Phase.OPENING or not self._is_sound(record):
+        if version is None or version.phase == Phase.OPENING or not self._is_sound(generation, record, version):
             for key in (publication_key(generation), version_key(generation), memory_key(generation)):
                 self._journal.forget(key)
             return
@@ -175,9 +179,14 @@ class _Recovery:
             registry.names[record.name] = publication
             owner.publications.add(generation)
 
-    def _is_sound(self, record: PublicationRecord) -> bool:
+    def _is_sound(self, generation: int, record: PublicationRecord, version: VersionRecord) -> bool:
+        """Whether it can be gone on with: what an agent wrote can, but any process of the user may have written."""
         try:
             validate(record.manifest)
+            if version.phase not in _PHASES or version.rest not in RESTING or generation >= NUMBER_LIMIT:
+                raise InvalidRecord(f"generation {generation} is {version.phase!r:.40}, rests {version.rest!r:.40}.")
+            if version.phase in LIVE and record.name in self._registry.names:
+                raise InvalidRecord(f"generation {generation} has the name of another.")
         except EthaError as error:
             logger.error('what is recorded of "%s" is damaged, and is left out: %s', record.name, error)
             return False

@@ -71,6 +71,10 @@ STRANGER = Known(
         "kind": ("lease", "update", "import", "register", "rebind", "suspend", "close"),
         "phase": ("opening", "ready", "writing", "torn", "closing", "closed", "owner died"),
         "rest": ("ready", "torn"),
+        "writes": (0, 1, 2),
+        "newest": (2, 3),
+        "pid": (3, 4, 6),
+        "layout": (1, 2),
     }
 )
 """Knows what an agent that has served for a moment may hold."""
@@ -116,7 +120,7 @@ def _of(info: inspect.Type, name: str) -> Maker:
         makers = [_of(each, name) for each in info.types]
         return lambda source, known: source.choice(makers)(source, known)
     if isinstance(info, inspect.VarTupleType | inspect.ListType):
-        return _sequence(_of(info.item_type, name))
+        return _sequence(_of(info.item_type, name), flat=isinstance(info.item_type, inspect.IntType))
     if isinstance(info, inspect.TupleType):
         items = [_of(each, name) for each in info.item_types]
         return lambda source, known: tuple(item(source, known) for item in items)
@@ -161,10 +165,14 @@ def _struct(info: inspect.StructType) -> Maker:
     return make
 
 
-def _sequence(item: Maker) -> Maker:
+def _sequence(item: Maker, *, flat: bool) -> Maker:
+    """Of numbers there may be many; of sequences not, or there would be as many squared."""
+
     def make(source: Random, known: Known) -> tuple[object, ...]:
         count = _count(source)
-        if count > 100 or source.random() < 0.1:  # the same again and again: a short record of much work
+        if not flat:
+            return tuple(item(source, known) for _ in range(min(count, 7)))
+        if count > 100 or source.random() < 0.02:  # the same again and again: a short record of much work
             return (item(source, known),) * source.choice((count, 5000, 60_000))
         return tuple(item(source, known) for _ in range(count))
 
