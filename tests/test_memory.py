@@ -226,3 +226,34 @@ def test_a_rebinding_gets_what_arrives_for_the_memory_before_it(aside):
     assert moved == [(7, None)]
     held.replace(7, b"a", 2)
     held.close(7)
+
+
+def test_the_end_of_an_opening_that_was_given_up_is_not_taken_for_the_next_ones(backstage):
+    """A rebinding that timed out is opened all the same, if a thread has begun; what follows it has opened nothing."""
+    opened: list[int] = []
+    moved: list[int] = []
+    held = Memory(backstage, lambda number, _: opened.append(number), lambda number, _: moved.append(number), print)
+    empty = manifest(0)
+    go = threading.Event()
+    backstage.open_or_close(lambda: go.wait(60), lambda _: None)
+    held.announce(b"a", 1, empty)
+    held.expect(7, b"a", 1, empty)
+    held.announce_move(b"a", 2, empty, 7)
+    held.move(7, b"a", 2)
+    held.retract(b"a", 2)
+    go.set()
+    wait_until_done(backstage)
+    assert (opened, moved) == ([7], [])
+    held.announce_move(b"a", 3, empty, 7)
+    held.move(7, b"a", 3)
+    wait_until_done(backstage)
+    assert (opened, moved) == ([7], [7])
+    held.close(7)
+    held.retract(b"a")
+    wait_until_done(backstage)
+
+
+def wait_until_done(backstage: Backstage) -> None:
+    """All that was asked of the opener, and what it led to."""
+    backstage._opener.submit(int).result(60)
+    backstage.results()

@@ -7,6 +7,7 @@ from typing import Final, TypedDict
 
 from etha.errors import AgentTimeout, InvalidArgument, InvalidRecord
 from etha.tensor_bus import claims
+from etha.tensor_bus.commands import MAX_NAME_BYTES
 from etha.tensor_bus.ipc.fence import RELEASED
 from etha.tensor_bus.sessions import Session
 
@@ -64,6 +65,23 @@ def require_fence(fence: int) -> int:
     if not 0 <= fence < RELEASED:
         raise InvalidRecord(f"{fence} is no value of a fence.", resource="fence")
     return fence
+
+
+def require_name(name: str) -> None:
+    """Refuse what cannot name a publication. (A record holds no text that is not UTF-8.)
+
+    Raises:
+        InvalidArgument: it is empty, or longer than `MAX_NAME_BYTES`.
+    """
+    if not 0 < len(name.encode()) <= MAX_NAME_BYTES:
+        raise InvalidArgument(
+            f"{name!r:.80} is no name of 1 to {MAX_NAME_BYTES} bytes of UTF-8.", resource="name", remedy="Give another."
+        )
+
+
+def is_request(number: int) -> bool:
+    """Whether a claim of this number is a request's. A command's is ended by `Cancel`, with all that belongs to it."""
+    return 0 < number < NUMBER_LIMIT
 
 
 def require_in_time(what: str, name: str, deadline: float, now: float) -> None:

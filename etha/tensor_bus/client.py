@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from etha.errors import AgentGone, ClientClosed, InvalidArgument
 from etha.tensor_bus import clock, tracer
-from etha.tensor_bus.commands import Register
+from etha.tensor_bus.commands import MAX_NAME_BYTES, Register
 from etha.tensor_bus.connection import Connection
 from etha.tensor_bus.finding import device_name, find_agent
 from etha.tensor_bus.link import Link, Ticket
@@ -22,8 +22,6 @@ from etha.tensor_bus.subscription import Subscription
 
 if TYPE_CHECKING:
     import torch
-
-MAX_NAME_BYTES = 255
 
 
 class TensorBusClient:

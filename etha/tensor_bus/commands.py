@@ -14,6 +14,9 @@ import msgspec
 from etha.tensor_bus.ipc.manifest import Manifest
 from etha.tensor_bus.records import Codec
 
+MAX_NAME_BYTES: Final = 255
+"""Bytes of a publication's name in UTF-8. It stands in every claim, and in most errors."""
+
 
 class Register(msgspec.Struct, frozen=True, array_like=True, tag="register"):
     """Share memory under a name. Answered; the descriptors follow on the connection.

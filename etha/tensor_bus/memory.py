@@ -315,9 +315,16 @@ class Memory:
         if held.opening or held.gated or any(fd < 0 for fd in held.fds):
             return
         held.opening = True
-        tell = self._moved if held.moves else self._opened
         job = partial(held.open, self._backend)
-        self._backstage.open_or_close(job, lambda error: tell(generation, error if error else None))
+        self._backstage.open_or_close(job, lambda error: self._tell(generation, held, error))
+
+    def _tell(self, generation: int, held: Held, error: EthaError | None) -> None:
+        """It is open, or cannot be; of what was retracted, replaced or closed meanwhile nobody wants to hear: what is
+        going on by now has been opened by nobody."""
+        if held.moves and self._announced.get((held.client, held.sequence)) is held:
+            self._moved(generation, error)
+        elif not held.moves and self._held.get(generation) is held:
+            self._opened(generation, error)
 
     def _close_aside(self, held: Held, then: Callable[[], None] = lambda: None) -> None:
         """Off the loop; a device that refuses keeps what it refuses to give back, and is asked again the next time."""

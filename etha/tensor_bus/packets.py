@@ -11,7 +11,7 @@ what it wants to be woken for it gets by a `Bell`, a pipe of its own.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -142,6 +142,10 @@ class Descriptors(msgspec.Struct, frozen=True, array_like=True, tag=8):
     first: int
 
 
+Numbers = Annotated[tuple[int, ...], msgspec.Meta(max_length=1 << 13)]
+"""As many as fit into a packet where each is as long as it may be; short ones are refused beyond that."""
+
+
 class Reassert(msgspec.Struct, frozen=True, array_like=True, tag=10):
     """What a client that comes back holds or waits for. What else it held is over: the word of it was lost.
 
@@ -151,8 +155,8 @@ class Reassert(msgspec.Struct, frozen=True, array_like=True, tag=10):
         more: another packet of this kind follows.
     """
 
-    claims: tuple[int, ...]
-    commands: tuple[int, ...]
+    claims: Numbers
+    commands: Numbers
     more: bool
 
 

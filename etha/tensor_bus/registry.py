@@ -262,6 +262,7 @@ class Registry(Settling):
         except EthaError as error:
             self.table.fail(claim, error)
             return
+        claim.name = publication.name  # whatever the claimant calls it: waits are compared by name
         if (
             publication.moving is not None
             and isinstance(claim, Lease)

@@ -7,7 +7,7 @@ from typing import Final
 from etha.errors import InvalidArgument, InvalidRecord
 from etha.tensor_bus import packets, wire
 from etha.tensor_bus.claim_table import Granted, Ring
-from etha.tensor_bus.claimants import NUMBER_LIMIT, require_fence, require_number, who
+from etha.tensor_bus.claimants import NUMBER_LIMIT, is_request, require_fence, require_name, require_number, who
 from etha.tensor_bus.claims import Import, Lease, Update
 from etha.tensor_bus.fencing import Fencing
 from etha.tensor_bus.journal import Journal
@@ -75,6 +75,11 @@ class Requests:
             )
             self._registry.claim(update, now)
         elif isinstance(packet, packets.Subscribe):
+            try:
+                require_name(packet.name)
+            except InvalidArgument as error:
+                session.send(packets.Refused(packet.number, Failure.of(error)))
+                return
             wanted = Import(
                 **who(session, packet.number, packet.thread, packet.deadline, now),
                 name=packet.name,
@@ -84,7 +89,9 @@ class Requests:
             self._registry.subscribe(wanted, now)
         elif isinstance(packet, packets.Release):
             session.remove_bell(packet.number)
-            self._registry.release(session.client, packet.number, now, require_fence(packet.fence))
+            fence = require_fence(packet.fence)
+            if is_request(packet.number):
+                self._registry.release(session.client, packet.number, now, fence)
         elif isinstance(packet, packets.Unmapped):
             self._registry.unmapped(session.client, packet.number, now)
         elif isinstance(packet, packets.Reassert):
@@ -100,14 +107,16 @@ class Requests:
         self._memory.owner_is_back(session.client)
 
     def _reasserted(self, session: Session, packet: packets.Reassert, now: float) -> None:
-        session.reasserted.update(packet.claims)
+        # What is not there is not kept: a worker may name as many numbers as it likes, and as often.
+        claims = self._registry.table.claims
+        session.reasserted.update(number for number in packet.claims if (session.client, number) in claims)
         if not packet.more:
             self._registry.reassert(session.client, session.reasserted, now)
+            session.keep_bells(session.reasserted)
             session.reasserted.clear()
-        outcomes = self._journal.outcomes(session.client)
-        for sequence in packet.commands:
-            if sequence in outcomes:
-                record = outcomes[sequence]
+        asked = set(packet.commands)
+        for sequence, record in self._journal.outcomes(session.client).items():
+            if sequence in asked:
                 session.send(packets.Outcome(sequence, record.generation, record.failure, session.served))
 
     def _bell(self, session: Session, packet: packets.Bell, fds: list[int]) -> None:

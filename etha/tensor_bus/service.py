@@ -243,7 +243,8 @@ class Service:
         elif isinstance(effect, OpenMemory):
             self._open_memory(self.registry.publications[effect.generation])
         elif isinstance(effect, MoveMemory):
-            moving = self.registry.publications[effect.generation].moving
+            moved = self.registry.publications.get(effect.generation)  # one that was suspended may be over already
+            moving = None if moved is None else moved.moving
             if isinstance(moving, Rebinding):
                 self._memory.move(effect.generation, moving.client, claims.command_sequence(moving.number) or 0)
         elif isinstance(effect, CloseMemory):

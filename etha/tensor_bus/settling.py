@@ -248,7 +248,7 @@ class Settling:
         if publication.registration is claim:
             self._end(publication, Event.END, now)
         elif publication.update is claim:
-            publication.update = None
+            self._end_update(publication)
             self._move(publication, Event.WITHDRAW, now)
         elif publication.phase is Phase.CLOSING and not self._wants_end(publication):
             self._move(publication, Event.REOPEN, now)

@@ -22,12 +22,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import lmdb
 import msgspec
 
-from etha.errors import StaleHandle
+from etha.errors import InvalidRecord, StaleHandle
 from etha.tensor_bus.environments import fault, open_environment
 from etha.tensor_bus.ipc.manifest import Manifest
 from etha.tensor_bus.records import Codec, Failure
@@ -71,7 +71,7 @@ class ClientRecord(msgspec.Struct, frozen=True, array_like=True):
         slot: its own in the agent's fences, if that has any.
     """
 
-    pid: int
+    pid: Annotated[int, msgspec.Meta(gt=0, lt=1 << 31)]
     label: str
     started: int
     connected: bool
@@ -82,13 +82,13 @@ class ClientRecord(msgspec.Struct, frozen=True, array_like=True):
 class GenerationRecord(msgspec.Struct, frozen=True, array_like=True):
     """The newest generation: a successor gives larger numbers only, so that no handle is ever mistaken for another."""
 
-    newest: int
+    newest: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 
 class ServedRecord(msgspec.Struct, frozen=True, array_like=True):
     """The largest sequence number of a client that was served."""
 
-    sequence: int
+    sequence: Annotated[int, msgspec.Meta(ge=0)]
 
 
 class OutcomeRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -123,9 +123,9 @@ class PublicationRecord(msgspec.Struct, frozen=True, array_like=True):
     label: str
     manifest: Manifest
     since: float
-    number: int
-    sequence: int
-    layout: int
+    number: Annotated[int, msgspec.Meta(ge=0)]
+    sequence: Annotated[int, msgspec.Meta(ge=0)]
+    layout: Annotated[int, msgspec.Meta(gt=0)]
 
 
 class VersionRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -145,9 +145,9 @@ class VersionRecord(msgspec.Struct, frozen=True, array_like=True):
         after: clients that have read it, with the points of their work behind which they read no more.
     """
 
-    version: int
+    version: Annotated[int, msgspec.Meta(ge=0)]
     phase: str
-    writes: int
+    writes: Annotated[int, msgspec.Meta(ge=0)]
     guarded: bool
     wanted: bool
     since: float
@@ -215,6 +215,8 @@ _LETTERS: Final[dict[type[Any], bytes]] = {
     ClaimRecord: b"k",
 }
 _CODECS: Final[dict[bytes, Codec[Any]]] = {letter: Codec(kind) for kind, letter in _LETTERS.items()}
+
+_KEY_BYTES: Final = {b"a": 1, b"g": 1, b"c": 17, b"s": 17, b"o": 25, b"p": 9, b"v": 9, b"m": 9, b"k": 25}
 
 AGENT_KEY: Final = b"a"
 GENERATION_KEY: Final = b"g"
@@ -332,6 +334,8 @@ class StateReader:
             raise fault(self.path, error) from error
         result: dict[type[Any], dict[bytes, Any]] = {kind: {} for kind in letters.values()}
         for key, data in raw:
+            if len(key) != _KEY_BYTES[key[:1]]:
+                raise InvalidRecord(f"{self.path} has a key of {len(key)} bytes.", resource=self.path)
             result[letters[key[:1]]][key] = _CODECS[key[:1]].decode(data)
         return result
 

@@ -15,7 +15,7 @@ The rows hold numbers and strings, so no cycle can go through them: they are mad
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -62,6 +62,10 @@ MAX_DIMENSIONS: Final = 64
 MAX_NAME_BYTES: Final = 1024
 """Bytes of one tensor name in UTF-8."""
 
+_ENTRIES: Final = msgspec.Meta(max_length=MAX_ENTRIES)
+_DIMENSIONS: Final = msgspec.Meta(max_length=MAX_DIMENSIONS)
+"""Checked as a record is read, so that one which is too long is refused before it has become objects."""
+
 
 class Storage(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A byte range of one allocation.
@@ -90,8 +94,8 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     storage: int
     dtype: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    shape: Annotated[tuple[int, ...], _DIMENSIONS]
+    stride: Annotated[tuple[int, ...], _DIMENSIONS]
     offset: int
 
 
@@ -105,10 +109,10 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True):
         names: name to index into ``tensors``, in the owner's order.
     """
 
-    allocations: tuple[Allocation, ...]
-    storages: tuple[Storage, ...]
-    tensors: tuple[TensorSpec, ...]
-    names: dict[str, int]
+    allocations: Annotated[tuple[Allocation, ...], _ENTRIES]
+    storages: Annotated[tuple[Storage, ...], _ENTRIES]
+    tensors: Annotated[tuple[TensorSpec, ...], _ENTRIES]
+    names: Annotated[dict[str, int], _ENTRIES]
 
     @property
     def pieces(self) -> tuple[Hashable, ...]:
