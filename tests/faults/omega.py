@@ -40,6 +40,7 @@ class Omega:
         self._paths = agent_paths(0, str(scene.runtime / "agent_rank0_command.lmdb"), scene.state.path)
         self._queue = CommandQueue(self._paths)
         self._canaries = 0
+        self._heard = ""
         self.canary()
         self._baseline = self._look()
         self._baseline["files"] = self._files()
@@ -60,6 +61,11 @@ class Omega:
     def accept_queue(self) -> None:
         """The queue's file may be as large as it is now."""
         self._pages = self._last_page()
+
+    def accept_said(self) -> str:
+        """What the agent has said on stderr since this was last called; it may have said it."""
+        before, self._heard = self._heard, self._scene.agent.errors.read_text()
+        return self._heard.removeprefix(before)
 
     def dead_readers(self) -> list[int]:
         """Pids of the dead that still have a reader slot of one of the files."""
@@ -173,7 +179,7 @@ class Omega:
             found.append(f"the state is that of {record}, and pid {agent.pid} was expected")
         elif record.counters.get("mistakes"):
             found.append(f"the agent counts mistakes of its own: {record.counters}")
-        if said := agent.errors.read_text():
+        if said := agent.errors.read_text().removeprefix(self._heard):
             found.append(f"the agent said: {said}")
         grown = self._last_page() - self._pages
         if grown > QUEUE_SLACK:
