@@ -82,6 +82,10 @@ def play(scene: Scene, omega: Omega, dead: bool) -> str:
         assert kept == [], f"credited to the stranger: {kept}"
     finally:
         stranger.destroy()
+    said = omega.accept_said()
+    assert f"refused pid {pid} " in said, said
+    scene.agent.errors.write_text("")
+    omega.accept_said()
     faults = omega.faults()
     assert faults == [], faults
     return leaf

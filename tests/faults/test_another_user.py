@@ -9,6 +9,7 @@ import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from omega import Omega
@@ -42,7 +43,7 @@ def connect():
 
 for name in sorted(os.listdir(directory)):
     path = os.path.join(directory, name)
-    for mode in (os.O_RDONLY, os.O_RDWR):
+    for mode in (os.O_RDONLY, os.O_RDWR) if not name.endswith(".sock") else ():
         attempt(f"open {{name}}", lambda: os.open(path, mode))
     attempt(f"unlink {{name}}", lambda: os.unlink(path))
     attempt(f"replace {{name}}", lambda: os.rename(path, path + "-taken"))
@@ -64,6 +65,12 @@ print(told)
 """
 
 ALLOWED = {"PermissionError", "ConnectionResetError", "BrokenPipeError"}
+
+
+def torchs_helpers() -> list[int]:
+    """Children of this process that remove a worker's names in /dev/shm once it is dead."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text().startswith("torch_shm")]
 
 
 def counted(scene: Scene, name: str) -> int:
@@ -101,13 +108,15 @@ def test_everything_is_refused(stage: tuple[Scene, Omega], modes: str):
         told = ast.literal_eval(done.stdout)
         assert {outcome for _, outcome in told} <= ALLOWED, [each for each in told if each[1] not in ALLOWED]
         assert len([what for what, _ in told if what.startswith("/dev/shm/")]) >= 2, "nothing there was tried"
-        assert ("connect", "ConnectionResetError") in told
+        assert dict(told)["connect"] in ("ConnectionResetError", "BrokenPipeError")
         said = omega.accept_said()
         assert f"refused a connection of uid {NOBODY}" in said
         scene.agent.errors.write_text("")
         omega.accept_said()
     named.do("mine.close(timeout=5)")
     scene.dismiss(named)
+    for helper in torchs_helpers():  # ours by now: see `zygote`
+        os.waitpid(helper, 0)
     scene.step()
     assert {name: counted(scene, name) for name in before}["refused packets"] == before["refused packets"]
     assert omega.faults() == []

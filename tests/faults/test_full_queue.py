@@ -20,13 +20,15 @@ from etha.errors import QueueFull
 from etha.tensor_bus import clock
 queue, filler = client._link.queue, secrets.token_bytes(16)
 def fill():
-    n = 0
-    try:
-        while True:
-            n += 1
-            queue.put(filler, n, bytes(1 << 20), clock.now() + 0.1)
-    except QueueFull as error:
-        return n, error.resource
+    n, resources = 0, []
+    for size in (1 << 20, 1 << 12, 64):
+        try:
+            while True:
+                n += 1
+                queue.put(filler, n, bytes(size), clock.now() + 0.1)
+        except QueueFull as error:
+            resources.append(error.resource)
+    return n, resources
 fill()
 """
 
@@ -42,9 +44,10 @@ def test_what_is_put_waits_for_room(stage: tuple[Scene, Omega], ends: str):
     other = scene.worker()
     scene.agent.kill(signal.SIGSTOP)
     try:
-        puts, resource = other.do(FILL)
+        puts, resources = other.do(FILL)
         assert puts > 100
-        assert resource == str(scene.runtime / "agent_rank0_command.lmdb")
+        resource = str(scene.runtime / "agent_rank0_command.lmdb")
+        assert resources == [resource] * 3
         for _ in range(2):
             began = time.monotonic()
             with pytest.raises(Raised, match=r"^QueueFull:") as caught:
