@@ -162,7 +162,7 @@ class Service:
         first turn that can record it.
         """
         table = self.registry.table
-        while table.effects or table.dirty or self._orders.refused or any(self._unrecorded):
+        while table.effects or table.dirty or self._orders.refused or self._newcomers or any(self._unrecorded):
             effects = table.take_effects()
             answers, self._orders.refused = self._orders.refused, []
             for effect in effects:

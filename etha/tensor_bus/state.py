@@ -274,7 +274,7 @@ class StateWriter:
             QueueFull: the file has reached its size, or the disk is full. Nothing was written.
         """
         try:
-            with self._environment.env.begin(write=True) as transaction:
+            with self._environment, self._environment.env.begin(write=True) as transaction:
                 for key, record in changes.items():
                     if record is None:
                         transaction.delete(key)
@@ -311,7 +311,6 @@ class StateReader:
         """
         self.path = path
         self._environment = open_environment(path, map_size=MAP_SIZE, readonly=True)
-        self._env = self._environment.env
 
     def agent(self) -> AgentRecord | None:
         """Who serves, or served last."""
@@ -380,6 +379,10 @@ class StateReader:
     def close(self) -> None:
         """Give back this use of the file."""
         self._environment.close()
+
+    @property
+    def _env(self) -> lmdb.Environment:
+        return self._environment.env  # of the moment: it may have been opened again
 
     def _get(self, key: bytes, kind: type[R]) -> R | None:
         try:

@@ -75,7 +75,7 @@ DEEDS = {
     ),
     "update": ("owner", "", f"with policy.update(timeout={SECONDS}): write(policy.version + 1)", ""),
     "read": ("reader", "", f"with policy.read(timeout={SECONDS}) as lease: stamps(lease)", ""),
-    "subscribe": ("reader", "", f"extra = client.subscribe('policy', timeout={SECONDS})", "extra.close()"),
+    "subscribe": ("reader", "policy.close()", f"policy = client.subscribe('policy', timeout={SECONDS})", ""),
     "bell": ("reader", "extra = client.subscribe('policy')", "extra.fileno()", "extra.close()"),
     "close": (
         "owner",
@@ -114,9 +114,6 @@ def play(scene: Scene, omega: Omega, deed: str, on: str, step: str | None, direc
     if after:
         actor.do(after)
     scene.version = scene.owner.do("policy.version")
-    said = omega.accept_said()
-    assert "Traceback" not in said
-    assert "mistake" not in said
     return injection
 
 
@@ -124,7 +121,10 @@ def round_at(room: tuple[Scene, Omega], deed: str, on: str, step: str | None, di
     scene, omega = room
     try:
         injection = play(scene, omega, deed, on, step, directory)
-        faults = omega.faults()
+        faults = [fault for fault in omega.faults() if not fault.startswith("the agent said")]
+        said = omega.accept_said()  # it tells that a disk is full, and that it is not any more
+        assert "Traceback" not in said
+        assert "mistake" not in said
     except BaseException:
         print(f"ETHA_K={step} repeats this round")
         raise
@@ -147,7 +147,8 @@ def room(stage: tuple[Scene, Omega]) -> Iterator[tuple[Scene, Omega]]:
 def steps_of(kinds: Counter) -> Iterator[str]:
     for kind, most in sorted(kinds.items()):
         for k, error in itertools.product(range(1, most + 1), ERRORS.get(kind, ())):
-            yield f"{kind}:{k}:{error}"
+            if kind != "getsockopt" or k % 2 == 0:  # the first of a connection asks for its peer's uid
+                yield f"{kind}:{k}:{error}"
 
 
 @pytest.mark.parametrize("on", ["agent", "worker"])
@@ -172,4 +173,4 @@ def test_every_one(room: tuple[Scene, Omega], deed: str, on: str, tmp_path: Path
         kinds |= Counter(round_at(room, deed, on, None, tmp_path).steps)
     fired = sum(round_at(room, deed, on, step, tmp_path).fired for step in steps_of(kinds))
     print(f"{deed}, {on}: {fired} calls failed of {len(list(steps_of(kinds)))} tried")
-    assert fired > 0
+    assert fired > 0 or not any(steps_of(kinds))
