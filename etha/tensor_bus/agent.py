@@ -118,7 +118,13 @@ class TensorBusAgent:
             self._next_heartbeat = self._next_look = self._started
             self._accepting = True
             self._reception = Reception(
-                self.paths.command, self._lock.text, self._board, self._service, self._queue, self._backstage
+                self.paths.command,
+                self._lock.text,
+                self._board,
+                self._service,
+                self._queue,
+                self._writer,
+                self._backstage,
             )
             if inherits:
                 self._reception.adopt(self._recover(), self._started)
@@ -327,8 +333,7 @@ class TensorBusAgent:
 
     def _sweep(self) -> int:
         """Beside the loop: drop what nobody will serve, and the reader slots of the dead."""
-        self._queue.reader_check()
-        self._writer.reader_check()
+        self._reception.free_slots()
         found = self._queue.clients()  # before asking who is known: a client joins before it commands
         strangers = found - self._service.clients
         return sum(self._queue.delete_client(client, clock.now() + HEARTBEAT_SECONDS) for client in strangers)

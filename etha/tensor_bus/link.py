@@ -197,7 +197,8 @@ class Link:
 
     def give_up(self, ticket: Ticket, error: BaseException, pin: Any) -> None:
         """The caller of a command gets ``error``. Unless that is the agent's own answer, the command is undone."""
-        if isinstance(error, EthaError) and not isinstance(error, TimeoutError | AgentGone):
+        answered = ticket.pending is not None and ticket.pending.reply is not None
+        if answered and isinstance(error, EthaError) and not isinstance(error, TimeoutError | AgentGone):
             self.settle(ticket)
         else:
             self.undo(ticket, pin)

@@ -25,6 +25,7 @@ from etha.tensor_bus.records import Failure
 from etha.tensor_bus.recovery import Recovered
 from etha.tensor_bus.service import Service
 from etha.tensor_bus.sessions import Session
+from etha.tensor_bus.state_writer import StateWriter
 from etha.tensor_bus.switchboard import Switchboard
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Reception:
         board: Switchboard,
         service: Service,
         queue: CommandQueue,
+        state: StateWriter,
         backstage: Backstage,
     ) -> None:
         self._path = path
@@ -50,6 +52,7 @@ class Reception:
         self._board = board
         self._service = service
         self._queue = queue
+        self._state = state
         self._backstage = backstage
 
     def welcome(self, session: Session, hello: packets.Hello, now: float) -> None:
@@ -146,8 +149,14 @@ class Reception:
         logger.info("%s died", session.peer.label)
         self._service.died(session, now)
         self._clear_after(session)
+        self._backstage.chore(self.free_slots, lambda _: None)
         self._remove_leftovers(session.peer.pid, session.peer.uid, session.peer.started)
         session.close()
+
+    def free_slots(self) -> None:
+        """Beside the loop: give the slots that the dead have in LMDB's tables of readers to the living."""
+        self._queue.reader_check()
+        self._state.reader_check()
 
     def _remove_leftovers(self, pid: int, uid: int, started: int) -> None:
         self._backstage.chore(lambda: remove_leftovers(pid, uid, started), self._removed)

@@ -192,7 +192,13 @@ class Service:
         first turn that can record it.
         """
         table = self.registry.table
-        while table.effects or self._orders.refused or any(self._unrecorded) or (table.dirty and not unjudged):
+        while (
+            table.effects
+            or self._orders.refused
+            or self._newcomers
+            or any(self._unrecorded)
+            or (table.dirty and not unjudged)
+        ):
             effects = table.take_effects()
             answers, self._orders.refused = self._orders.refused, []
             for effect in effects:

@@ -79,8 +79,8 @@ class Session:
 
     def send(self, packet: packets.FromAgent, fds: Sequence[int] = ()) -> None:
         """Send now, or keep for `flush`; the descriptors stay the caller's."""
-        if self.sock is None:
-            return
+        if self.sock is None or self.failed:
+            return  # what follows on a reply that was lost would make no sense
         data = _fitting(packet)
         if not self._backlog:
             try:

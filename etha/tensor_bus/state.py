@@ -278,7 +278,6 @@ class StateReader:
         """
         self.path = path
         self._environment = open_environment(path, map_size=MAP_SIZE, readonly=True)
-        self._env = self._environment.env
 
     def superseded(self) -> bool:
         """Whether another file stands at the path now: an agent has begun anew, and knows nothing of what is here."""
@@ -353,6 +352,10 @@ class StateReader:
     def close(self) -> None:
         """Give back this use of the file."""
         self._environment.close()
+
+    @property
+    def _env(self) -> lmdb.Environment:
+        return self._environment.env  # of the moment: it may have been opened again
 
     def _get(self, key: bytes, kind: type[R]) -> R | None:
         try:

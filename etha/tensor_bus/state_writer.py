@@ -27,7 +27,7 @@ class StateWriter:
             QueueFull: the file has reached its size, or the disk is full. Nothing was written.
         """
         try:
-            with self._environment.env.begin(write=True) as transaction:
+            with self._environment, self._environment.env.begin(write=True) as transaction:
                 for key, record in changes.items():
                     if record is None:
                         transaction.delete(key)

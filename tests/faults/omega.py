@@ -49,6 +49,7 @@ class Omega:
         self._paths = agent_paths(0, str(scene.runtime / "agent_rank0_command.lmdb"), scene.state.path)
         self._queue = CommandQueue(self._paths)
         self._canaries = 0
+        self._heard = ""
         self.canary()
         self._baseline = self._look()
         self._baseline["files"] = self._files()
@@ -70,13 +71,19 @@ class Omega:
         """The queue's file may be as large as it is now."""
         self._pages = self._last_page()
 
+    def accept_said(self) -> str:
+        """What the agent has said on stderr since this was last called; it may have said it."""
+        before, self._heard = self._heard, self._scene.agent.errors.read_text()
+        return self._heard.removeprefix(before)
+
     def dead_readers(self) -> list[int]:
         """Pids of the dead that still have a reader slot of one of the files."""
         return [pid for pid in self._readers() if not Path(f"/proc/{pid}").exists()]
 
     def strange_lines(self) -> list[str]:
         """What the agent has said and may not say."""
-        lines = self._scene.agent.errors.read_text(errors="backslashreplace").split("\n")
+        text = self._scene.agent.errors.read_text(errors="backslashreplace")
+        lines = text.removeprefix(self._heard).split("\n")
         return [line for line in lines if line and not (self._may_say and re.match(self._may_say, line))]
 
     # -- what may take a moment -------------------------------------------------------------------

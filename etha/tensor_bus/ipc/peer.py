@@ -23,6 +23,7 @@ from etha.tensor_bus.ipc.observation import Observation, observe
 from etha.tensor_bus.ipc.process import (
     boot_id,
     pid_namespace,
+    proc_text,
     process_command,
     process_label,
     process_state,
@@ -217,7 +218,7 @@ def authorise_tracer(pid: int | None) -> bool:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        if yama_scope() is None:
+        if not pid or yama_scope() is None:  # these need no process that is there
             return False
         raise ProcessLookupError(errno.ESRCH, f"there is no process {pid}") from error
     return True
@@ -226,6 +227,6 @@ def authorise_tracer(pid: int | None) -> bool:
 def yama_scope() -> int | None:
     """Yama's ptrace_scope, 0 (off) to 3 (nobody); None if the kernel has no Yama."""
     try:
-        return int(_YAMA_SCOPE.read_text())
+        return int(proc_text(str(_YAMA_SCOPE)))
     except FileNotFoundError:
         return None
