@@ -12,11 +12,14 @@ from torch.func import functional_call
 from etha.tensor_bus import bootstrap_client
 
 torch.set_num_threads(1)
+client, info = bootstrap_client()  # finds the agent by AGENT_RANK
+device = info.device  # "cpu", or what this process calls the agent's GPU: "cuda:0"
+
 pixels, labels = load_digits(return_X_y=True)
 images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
 targets = torch.tensor(labels)
 test = torch.arange(len(images)) % 5 == 0  # the digits that train_and_publish.py leaves out
-images, targets = images[test], targets[test]
+images, targets = images[test].to(device), targets[test].to(device)
 
 # A network without memory: it has no weights of its own, and computes with those it is given.
 with torch.device("meta"):
@@ -26,7 +29,6 @@ with torch.device("meta"):
         nn.Linear(1024, 270), nn.ReLU(), nn.Linear(270, 10),
     ).eval()  # fmt: skip
 
-client, info = bootstrap_client()  # finds the agent by AGENT_RANK
 with client, torch.no_grad():
     print("waiting for a trainer", flush=True)
     policy = client.subscribe("digits", timeout=600.0)  # maps the trainer's memory, once
