@@ -74,9 +74,13 @@ class Worker:
     def __init__(self, environment: dict[str, str], directory: Path) -> None:
         self.errors = directory / f"worker-{time.monotonic_ns()}.stderr"
         with self.errors.open("wb") as stderr:
-            self.process = zygote().fork(environment, stderr.fileno())
+            self.process = self.begin(environment, stderr.fileno())
         self.pid = self.process.pid
         self._buffer = b""
+
+    def begin(self, environment: dict[str, str], stderr: int):
+        """Start the process."""
+        return zygote().fork(environment, stderr)
 
     def say(self, source: str) -> None:
         """Send a statement without waiting for its end."""
