@@ -8,7 +8,7 @@ READY := .venv/ready
 EXTRAS := demo,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-optimized faults stress bench soak lint clean
+.PHONY: help setup demo test test-optimized faults stress bench soak gpu lint clean
 
 help:
 	@echo 'make setup    .venv with etha (editable) and what development needs; quick when nothing changed'
@@ -20,6 +20,7 @@ help:
 	@echo 'make stress   the tests at their full counts: long'
 	@echo 'make bench    what each operation costs, beside its bare floor: minutes; options: make bench ARGS="--only lease"'
 	@echo 'make soak     64 workers for two hours, and whether anything grows; options: make soak ARGS="--minutes 10 --plot"'
+	@echo 'make gpu      all that a GPU is asked: probes, tests, bandwidth; under ten minutes; installs nothing'
 	@echo 'make clean    remove builds and caches; .venv stays'
 
 # Everything that an installation depends on, by content: times mean nothing after a clone or a checkout.
@@ -71,6 +72,10 @@ bench: setup
 
 soak: setup
 	$(BIN)/python benchmarks/soak.py $(or $(ARGS),--plot)
+
+# Without `setup`: a GPU box may have no network, and its own torch is the one to ask.
+gpu:
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) benchmarks/gpu.py $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,6 +12,8 @@ from pathlib import Path
 import lmdb
 import msgspec
 
+from etha import __version__
+
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """Machine, versions and moment of a run; sizes in bytes, load as in ``uptime``."""
@@ -47,7 +49,7 @@ def machine() -> Machine:
         lmdb=".".join(map(str, lmdb.version())),
         py_lmdb=version("lmdb"),
         msgspec=version("msgspec"),
-        etha=version("etha"),
+        etha=__version__,
         load_before=os.getloadavg(),
     )
 
