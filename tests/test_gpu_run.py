@@ -27,8 +27,10 @@ from pathlib import Path
 from gpurun.parts import Part
 from gpurun.program import run_all
 about, out, limit, scratch, *rows = json.loads(sys.argv[1])
-python = sys.executable
-made = [Part(row[0], (python, "-c", row[1]), row[2], row[3], lambda said: {"lines": said.split()}) for row in rows]
+def gather(said):
+    return {"lines": said.split(), "counts": {"failed": 1}}
+
+made = [Part(name, (sys.executable, "-c", code), least, most, gather) for name, code, least, most in rows]
 sys.exit(0 if run_all(made, about, Path(out), limit, Path(scratch)) else 1)
 """
 
@@ -107,8 +109,8 @@ def test_what_parts_said_is_in_one_file_and_one_that_hangs_costs_itself_only(dri
     assert statuses["hangs"] == ("out of time", -2)
     assert statuses["crashes"] == ("ended", -6)
     assert found["parts"]["hangs"]["tail"][0] == "begun"
-    assert [part["lines"][0] for part in found["parts"].values()] == ["one", "begun", "now", "four"]
-    assert ran.stdout.splitlines()[0] == "first: ended, exit status 0, 0 s"
+    assert [part["found"]["lines"][0] for part in found["parts"].values()] == ["one", "begun", "now", "four"]
+    assert ran.stdout.splitlines()[0] == "first: ended, exit status 0, 0 s 1 failed"
 
 
 def test_all_well_is_status_0(drive):

@@ -90,28 +90,30 @@ def _record(part: Part, ran: Ran) -> dict[str, Any]:
     if ran.status != "ended" or ran.exit_status != 0:
         record["tail"] = ran.said.splitlines()[-_TAIL:]
     try:
-        record.update(part.gather(ran.said))
+        record["found"] = part.gather(ran.said)
     except (OSError, ValueError) as error:  # it was stopped while it wrote its file
         record["gathering"] = f"{type(error).__name__}: {error}"
     return record
 
 
 def _tell(name: str, record: dict[str, Any], good: bool) -> None:
-    counts = ", ".join(f"{count} {outcome}" for outcome, count in record.get("counts", {}).items())
+    found = record.get("found", {})
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in found.get("counts", {}).items())
     took = f"{record.get('seconds', 0):.0f} s"
     print(f"{name}: {record['status']}, exit status {record['exit_status']}, {took} {counts}".rstrip(), flush=True)
-    for test, why in record.get("failures", {}).items():
+    for test, why in found.get("failures", {}).items():
         print(f"  {test}: {why.strip().splitlines()[0] if why.strip() else 'no reason'}", flush=True)
-    for probe in record.get("probes", []):
+    for probe in found.get("probes", []):
         print(f"  {probe.get('probe')}: {probe.get('status')}: {probe.get('answer')}", flush=True)
-    if not good and "failures" not in record:
+    if not good and "failures" not in found:
         for line in record.get("tail", [])[-15:]:
             print(f"  | {line}", flush=True)
 
 
 def _draw(found: dict[str, Any], path: Path) -> None:
     """One figure of all rows of ``bandwidth.py`` that were measured."""
-    reports = [record["report"] for record in found["parts"].values() if "report" in record]
+    each = [record.get("found", {}) for record in found["parts"].values()]
+    reports = [one["report"] for one in each if "report" in one]
     if not reports:
         return
     try:
