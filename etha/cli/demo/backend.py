@@ -15,7 +15,7 @@ def describe_backend() -> str:
         missing.append("no libcuda.so.1")
     if missing:
         return f"host backend (no GPU found: {' and '.join(missing)})"
-    return "host backend (a GPU is here, and this build of etha has the host backend only)"
+    return "host backend (a GPU is here, and the demo does not measure on one yet)"
 
 
 def _can_load(library: str) -> bool:

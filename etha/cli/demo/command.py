@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def demo(
     device: Annotated[
-        str, typer.Option(help="auto or cpu: this build has the host backend only.", show_default=True)
+        str, typer.Option(help="auto or cpu: the demo measures on the host only.", show_default=True)
     ] = "auto",
     steps: Annotated[int, typer.Option(min=1, help="Training steps; each publishes one version.")] = 300,
     json: Annotated[
@@ -77,7 +77,8 @@ def _refuse_what_cannot_work(device: str, plot: Path | None) -> None:
     """Before a process is started."""
     if device not in ("auto", "cpu"):
         raise typer.BadParameter(
-            f"{device!r} is refused: this build of etha has the host backend only. Use --device cpu.",
+            f"{device!r} is refused: the demo finds copies by the inodes of host memory, and device memory has none."
+            " Use --device cpu here. On a GPU: etha agent --device cuda:0, and the programs in examples/.",
             param_hint="--device",
         )
     needed = {"sklearn": "scikit-learn"} | ({"matplotlib": "matplotlib"} if plot is not None else {})
