@@ -20,6 +20,7 @@ from etha.cli.sheet import lines, printable
 from etha.cli.survey import condition_of, lock_beside
 from etha.errors import EthaError, InvalidArgument, NoAgent, NoPublication, VersionMismatch
 from etha.tensor_bus import clock
+from etha.tensor_bus.examination import require_readable
 from etha.tensor_bus.ipc.manifest import validate
 from etha.tensor_bus.ipc.process import boot_id
 from etha.tensor_bus.lockfile import read_lock
@@ -146,6 +147,8 @@ def _read(state_path: str) -> Books:
     lock = lock_beside(state_path)
     if lock is not None and lock.text is not None:  # before LMDB opens anything
         _require_current(state_path, lock.text.boot, lock.text.schema)
+    if lock is None or not lock.held:
+        require_readable(state_path)
     reader = StateReader(state_path)
     try:
         records = reader.snapshot(

@@ -16,6 +16,7 @@ import msgspec
 
 from etha.errors import EthaError
 from etha.tensor_bus import clock
+from etha.tensor_bus.examination import require_readable
 from etha.tensor_bus.ipc.process import boot_id, process_state
 from etha.tensor_bus.lockfile import LockState, read_lock
 from etha.tensor_bus.paths import agents_by_convention
@@ -118,6 +119,8 @@ def look(rank: int | None, state_path: str) -> AgentView:
         lock = lock_beside(state_path)
         if lock is not None and lock.text is not None and lock.text.boot != boot_id():
             return AgentView(rank, state_path, "of another boot", "its files mean nothing any more", lock.text.pid)
+        if lock is None or not lock.held:
+            require_readable(state_path)
         reader = StateReader(state_path)
         try:
             return _view(rank, state_path, lock, reader)

@@ -11,6 +11,8 @@ import os
 import select
 from itertools import chain
 
+from etha.tensor_bus.ipc.libc import system_limit
+
 
 class Bell:
     """One subscriber's bell. Not safe across threads; its subscription's lock guards it.
@@ -22,9 +24,17 @@ class Bell:
     _epoll: select.epoll | None = None
 
     def __init__(self, seen: int) -> None:
+        """Nobody has been given a pipe yet.
+
+        Raises:
+            SystemLimit: no descriptor is left.
+        """
         self.seen = seen
         self._pipe: list[int] = []
-        self._epoll = select.epoll()
+        try:
+            self._epoll = select.epoll()
+        except OSError as error:
+            raise system_limit(error, "making a descriptor for select()") or error from error
 
     def fileno(self) -> int:
         """The user's descriptor.

@@ -136,7 +136,6 @@ class CommandQueue:
         """
         self.path = paths.command
         self._environment: Environment = open_environment(paths.command, map_size=MAP_SIZE, create=create)
-        self._env = self._environment.env
         try:
             with _turn_lock:
                 turn = self._environment.companion
@@ -223,7 +222,8 @@ class CommandQueue:
 
     def last_transaction(self) -> int:
         """A number that grows with every commit; equal numbers mean that nothing has changed."""
-        return self._env.info()["last_txnid"]
+        with self._environment:
+            return self._env.info()["last_txnid"]
 
     def commands_of(self, client: bytes, after: int) -> list[tuple[int, bytes]]:
         """(sequence, record) of a client's commands with a sequence above ``after``, in order, copied out."""
@@ -267,11 +267,16 @@ class CommandQueue:
 
     def reader_check(self) -> int:
         """Free the reader slots of dead processes; returns how many there were."""
-        return int(self._env.reader_check())
+        with self._environment:
+            return int(self._env.reader_check())
 
     def close(self) -> None:
         """Give back this use of the file."""
         self._environment.close()
+
+    @property
+    def _env(self) -> lmdb.Environment:
+        return self._environment.env  # of the moment: it may have been opened again
 
     def _write(self, work: Callable[[lmdb.Transaction], T], deadline: float) -> T:
         def transact() -> T:

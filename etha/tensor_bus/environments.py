@@ -7,6 +7,10 @@ device and inode, and the last to leave closes it.
 All are opened alike: ``sync=False`` (what they describe does not outlive the box either), no ``WRITEMAP`` (a torn write
 must not reach the file), LMDB's own locking on, mode 0600.
 
+When the write of LMDB's meta page fails (a broken disk), the environment is of no use any more: every transaction is
+refused with ``MDB_PANIC``. What is committed is whole. So after an error the next operation looks, and opens the file
+anew if need be, as soon as no other thread is inside.
+
 A forked child finds nothing open, and may open the same files itself. It closes the descriptors that it inherited, and
 it never closes the environments. py-lmdb does that even for one that is merely dropped, and it aborts the parent's
 idle read transaction, which clears the parent's slot in the shared reader table (seen: the parent's next read fails
@@ -21,6 +25,7 @@ import ctypes
 import importlib
 import os
 import threading
+from types import TracebackType
 from typing import Any, Final, Protocol
 
 import lmdb
@@ -50,13 +55,16 @@ class Environment:
         companion: closed with the environment, and by a forked child.
     """
 
-    def __init__(self, env: lmdb.Environment, path: str, key: _Key) -> None:
+    def __init__(self, env: lmdb.Environment, path: str, key: _Key, map_size: int) -> None:
         self.env = env
         self.path = path
         self.companion: Companion | None = None
         self.inodes = (os.stat(path), os.stat(path + "-lock"))
         self._key = key
+        self._map_size = map_size
         self._uses = 1
+        self._operations = 0
+        self._suspect = False
         self._pid = os.getpid()
 
     def __enter__(self) -> Environment:
@@ -64,15 +72,42 @@ class Environment:
 
         Raises:
             ClientClosed: the last use has been given back.
+            SystemLimit: LMDB could not open it again.
         """
         with _lock:
             if self._uses == 0:
                 raise ClientClosed(f"{self.path} is closed.", resource=self.path, remedy="Make another client.")
+            if self._suspect and self._operations == 0:
+                self._open_again_if_broken()
             self._uses += 1
+            self._operations += 1
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with _lock:
+            self._operations -= 1
+            self._suspect = self._suspect or isinstance(error, lmdb.Error)
         self.close()
+
+    def superseded(self) -> bool:
+        """Whether another file stands at the path now. What has merely been removed is still the newest."""
+        try:
+            return not os.path.samestat(os.stat(self.path), self.inodes[0])
+        except FileNotFoundError:
+            return False
+
+    def _open_again_if_broken(self) -> None:
+        try:
+            self.env.begin().abort()
+        except lmdb.PanicError:
+            readonly = bool(self.env.flags()["readonly"])
+            self.env.close()
+            self.env = _lmdb_open(self.path, self._map_size, create=False, readonly=readonly)
+        except lmdb.Error:
+            return  # a table that is full: the operation will meet it too
+        self._suspect = False
 
     def close(self) -> None:
         """Give back one use; the last one closes the file."""
@@ -117,29 +152,33 @@ def open_environment(path: str, *, map_size: int, create: bool = False, readonly
                 return known
         if found is None:
             _allocate_readers(path + "-lock")
-        try:
-            env = lmdb.open(
-                path,
-                subdir=False,
-                map_size=map_size,
-                create=create,
-                readonly=readonly,
-                sync=False,
-                metasync=False,
-                mode=0o600,
-                max_readers=MAX_READERS,
-                max_spare_txns=4,
-            )
-        except (lmdb.Error, OSError) as error:
-            raise SystemLimit(
-                f"{path} cannot be opened: {error}.",
-                resource=path,
-                remedy="If no agent runs, remove the file; else free disk or descriptors; run: etha doctor",
-            ) from error
+        env = _lmdb_open(path, map_size, create=create, readonly=readonly)
         made = os.stat(path)
         key = (made.st_dev, made.st_ino)
-        environment = _open[key] = Environment(env, path, key)
+        environment = _open[key] = Environment(env, path, key, map_size)
         return environment
+
+
+def _lmdb_open(path: str, map_size: int, *, create: bool, readonly: bool) -> lmdb.Environment:
+    try:
+        return lmdb.open(
+            path,
+            subdir=False,
+            map_size=map_size,
+            create=create,
+            readonly=readonly,
+            sync=False,
+            metasync=False,
+            mode=0o600,
+            max_readers=MAX_READERS,
+            max_spare_txns=4,
+        )
+    except (lmdb.Error, OSError) as error:
+        raise SystemLimit(
+            f"{path} cannot be opened: {error}.",
+            resource=path,
+            remedy="If no agent runs, remove the file; else free disk or descriptors; run: etha doctor",
+        ) from error
 
 
 def _allocate_readers(path: str) -> None:
@@ -180,7 +219,7 @@ def fault(path: str, error: lmdb.Error) -> EthaError:
     )
 
 
-_DAMAGE: Final = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.PanicError)
+_DAMAGE: Final = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError)
 
 
 def _forget_in_child() -> None:

@@ -1,13 +1,15 @@
 """The files of an agent, as it finds and as it leaves them: what it may take over, what delete, and whose they are.
 
 What a dead agent of this boot left for its workers is taken over, after a child has read all of it (`examination`). If
-that finds damage, the files are set aside, under their names and ``.damaged``, and the agent starts from nothing. What
-is left of another boot is deleted unopened.
+that finds damage, the files are set aside, under their names and ``.damaged``, and the agent starts from nothing. So
+is one file of which the other has gone, if a worker that lives may miss it: alone it is of no use, for a worker that
+has the lost one open writes or reads what nobody else sees. What is left of another boot is deleted unopened.
 
 A path comes from a command line, so anything may stand there. Deleted is only what etha or LMDB made, by its kind and
 its first bytes, and only if no live agent holds it: besides the lock of its command path, each agent holds ``flock`` on
 both of its LMDB data files, so that two agents whose command paths differ cannot have one state. (LMDB itself locks its
-``-lock`` files, and by record locks, which know nothing of ``flock``.)
+``-lock`` files, and by record locks, which know nothing of ``flock``.) Where a lock file says that an agent was here,
+and the names are those of the convention, files whose first bytes are damaged are set aside like others.
 
 Used by the agent alone.
 """
@@ -38,6 +40,7 @@ _LMDB_MAGIC: Final = struct.pack("=I", 0xBEEFC0DE)
 
 _PAGE_HEADER: Final = 16
 _DAMAGED: Final = ".damaged"
+_COMMAND, _STATE = "_command.lmdb", "_state.lmdb"
 
 
 class Premises:
@@ -78,36 +81,52 @@ class Premises:
             VersionMismatch: it spoke another record schema. Nothing was touched.
             UnsafePath: a file that is none of an agent's. Nothing was deleted.
         """
-        databases = (self._paths.command, self._paths.state)
-        here = all(require_private(path) is not None for path in databases)
+        here = [path for path in (self._paths.command, self._paths.state) if require_private(path) is not None]
         if not here or (previous is not None and previous.boot != boot_id()):
             self.clear()
             return False
-        for path in self._paths.removable:
-            if require_private(path) is not None:
-                self._require_ours(path)
+        strange = [path for path in self._paths.removable if require_private(path) and not self._is_ours(path)]
+        if strange:
+            if not self._was_an_agents(previous, strange):
+                raise _not_ours(strange[0])
+            with ExitStack() as held:
+                for path in here:
+                    held.callback(os.close, _take(path))
+                self._set_aside(f"{', '.join(strange)} does not begin as LMDB's files do", strange)
+                self.clear()
+            return False
         with ExitStack() as undo:
             undo.callback(self.close)
-            for path in databases:
+            for path in here:
                 self.hold(path)
             finding = examine(self._paths)
             if finding.damage is None and finding.boot == boot_id():
                 if finding.schema != SCHEMA:
                     raise another_schema(self._paths.command, finding.schema)
-                if finding.clients:
+                if finding.clients and len(here) > 1:
                     if os.path.lexists(self._paths.socket):
                         os.unlink(self._paths.socket)
                     undo.pop_all()
                     return True
         if finding.damage is not None:
-            self._set_aside(finding.damage)
+            self._set_aside(finding.damage, [])
         self.clear()
         return False
 
-    def _set_aside(self, damage: str) -> None:
-        for path in (self._paths.command, self._paths.state):
-            os.rename(path, path + _DAMAGED)
-            logger.error("%s is damaged (%s); it is now %s", path, damage, path + _DAMAGED)
+    def _was_an_agents(self, previous: LockText | None, strange: list[str]) -> bool:
+        """Whether what bears an LMDB file's name was one, though its first bytes do not say so any more.
+
+        An agent's lock file says that one was here, and nobody else gives files the names of the convention.
+        """
+        ours = [*_lmdb_files(self._paths.command), *_lmdb_files(self._paths.state)]
+        state = self._paths.command.removesuffix(_COMMAND) + _STATE
+        return previous is not None and self._paths.state == state and set(strange) <= set(ours)
+
+    def _set_aside(self, damage: str, strange: list[str]) -> None:
+        for path in dict.fromkeys((self._paths.command, self._paths.state, *strange)):
+            if os.path.lexists(path):
+                os.rename(path, path + _DAMAGED)
+                logger.error("%s cannot be used (%s); it is now %s", path, damage, path + _DAMAGED)
 
     def clear(self) -> None:
         """Delete what an agent that is dead or of another boot left; LMDB does not open it.
@@ -122,7 +141,8 @@ class Premises:
                 if path in found:
                     held.callback(os.close, _take(path))
             for path in found:
-                self._require_ours(path)
+                if not self._is_ours(path):
+                    raise _not_ours(path)
             for path in found:
                 logger.debug("removing %s", path)
                 os.unlink(path)
@@ -153,22 +173,27 @@ class Premises:
         while self._held:
             os.close(self._held.popitem()[1])
 
-    def _require_ours(self, path: str) -> None:
+    def _is_ours(self, path: str) -> bool:
         found = os.lstat(path)
         if path == self._paths.socket:
-            ours = stat.S_ISSOCK(found.st_mode)
-        elif path == self._paths.writer:
-            ours = stat.S_ISREG(found.st_mode) and found.st_size == 0
-        elif path.endswith("-lock"):
-            ours = _starts(path, 0) in (_LMDB_MAGIC, bytes(4), b"")
-        else:
-            ours = _starts(path, _PAGE_HEADER) == _LMDB_MAGIC or found.st_size == 0
-        if not ours:
-            raise UnsafePath(
-                f"{path} was not made by etha; it is untouched.",
-                resource=path,
-                remedy="Give another path, or remove it if nobody needs it; run: etha doctor",
-            )
+            return stat.S_ISSOCK(found.st_mode)
+        if path == self._paths.writer:
+            return stat.S_ISREG(found.st_mode) and found.st_size == 0
+        if path.endswith("-lock"):
+            return _starts(path, 0) in (_LMDB_MAGIC, bytes(4), b"")
+        return _starts(path, _PAGE_HEADER) == _LMDB_MAGIC or found.st_size == 0
+
+
+def _lmdb_files(path: str) -> tuple[str, str]:
+    return path, path + "-lock"
+
+
+def _not_ours(path: str) -> UnsafePath:
+    return UnsafePath(
+        f"{path} was not made by etha; it is untouched.",
+        resource=path,
+        remedy="Give another path, or remove it if nobody needs it; run: etha doctor",
+    )
 
 
 def _starts(path: str, offset: int) -> bytes:

@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Callable
 from typing import Final
 
+from etha.errors import SystemLimit
 from etha.tensor_bus import clock, packets
 from etha.tensor_bus.command_queue import CLIENT_ID_BYTES, CommandQueue
 from etha.tensor_bus.front_door import mismatch, same_process, unknown_client
@@ -24,6 +25,7 @@ from etha.tensor_bus.records import Failure
 from etha.tensor_bus.recovery import Recovered
 from etha.tensor_bus.service import Service
 from etha.tensor_bus.sessions import Session
+from etha.tensor_bus.state_writer import StateWriter
 from etha.tensor_bus.switchboard import Switchboard
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class Reception:
         board: Switchboard,
         service: Service,
         queue: CommandQueue,
+        state: StateWriter,
         backstage: Backstage,
     ) -> None:
         self._path = path
@@ -49,6 +52,7 @@ class Reception:
         self._board = board
         self._service = service
         self._queue = queue
+        self._state = state
         self._backstage = backstage
 
     def welcome(self, session: Session, hello: packets.Hello, now: float) -> None:
@@ -64,9 +68,15 @@ class Reception:
         if hello.client:
             self._welcome_back(session, hello.client, now)
             return
+        try:
+            slot = self._service.fencing.take()
+        except SystemLimit as limit:
+            session.send(packets.Refused(0, Failure.of(limit)))
+            self.cut(session, now)
+            return
         session.client = secrets.token_bytes(CLIENT_ID_BYTES)
         self._board.watch_process(session)
-        self._service.joined(session, now, packets.Welcome(session.client, text.epoch))
+        self._service.joined(session, now, packets.Welcome(session.client, text.epoch, slot=slot))
 
     def _welcome_back(self, stranger: Session, client: bytes, now: float) -> None:
         """A client has another connection: its claims are its own again, if it is the process that it says."""
@@ -81,7 +91,8 @@ class Reception:
             self._service.orphaned(known, now)
         known.take_over(stranger)
         self._board.move_socket(known)
-        known.send(packets.Welcome(client, self._text.epoch, known.served))
+        fencing, slot = self._service.fencing, self._service.registry.table.clients[client].slot
+        known.send(packets.Welcome(client, self._text.epoch, known.served, slot), fencing.fds())
         self._service.rejoined(known, now)
 
     def adopt(self, found: Recovered, now: float) -> None:
@@ -95,6 +106,7 @@ class Reception:
                 self.guarded(session, self.left, now)
         for client, record in found.dead.items():
             logger.info("%s died while there was no agent", record.label)
+            self._service.let_go(client)
             self._service.registry.client_died(client, now)
             self._service.counters["deaths"] += 1
             self._remove_leftovers(record.pid, os.geteuid(), record.started)
@@ -137,8 +149,14 @@ class Reception:
         logger.info("%s died", session.peer.label)
         self._service.died(session, now)
         self._clear_after(session)
+        self._backstage.chore(self.free_slots, lambda _: None)
         self._remove_leftovers(session.peer.pid, session.peer.uid, session.peer.started)
         session.close()
+
+    def free_slots(self) -> None:
+        """Beside the loop: give the slots that the dead have in LMDB's tables of readers to the living."""
+        self._queue.reader_check()
+        self._state.reader_check()
 
     def _remove_leftovers(self, pid: int, uid: int, started: int) -> None:
         self._backstage.chore(lambda: remove_leftovers(pid, uid, started), self._removed)

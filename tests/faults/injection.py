@@ -1,8 +1,9 @@
-"""SIGKILL at the K-th system call of a process, from outside, with strace(1).
+"""Something happens to a process at the K-th of its system calls, from outside, with strace(1).
 
 strace attaches to a process that is ready and counts from there, each thread and each kind of call for itself. So a
-step is the k-th call of a kind, written ``pwrite64:2``: the process dies in the first thread that comes to it, before
-the kernel carries the call out. All kinds with k = 1, 2, 3, ... are all steps of what the process is asked to do.
+step is the k-th call of a kind, written ``pwrite64:2``. A process that is killed there dies in the first thread that
+comes to it, before the kernel carries the call out. All kinds with k = 1, 2, 3, ... are all steps of what the process
+is asked to do.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import pytest
 from harness import PATIENCE
@@ -26,28 +28,32 @@ from harness import PATIENCE
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace(1): apt-get install strace")
 
 
-class KilledAt:
-    """While it is entered, the process dies at ``step``, or is only watched where that is None.
+class Injected:
+    """While it is entered, something happens at ``step``; the process is only watched where that is None.
 
     Attributes:
-        fired: whether it has died of this; set by whoever waits for its end.
+        fired: whether it has happened; set by whoever waits for it.
         steps: once it is left, by kind, how many calls the busiest thread of the process began.
+        failed: once it is left, how many calls were given an error.
+        log: what strace tells, while it is entered.
     """
 
-    def __init__(self, pid: int, step: str | None, directory: Path) -> None:
+    def __init__(self, pid: int, step: str | None, directory: Path, what: str) -> None:
+        """``what`` happens is strace's: ``signal=SIGSTOP``, ``error=EMFILE``."""
         self.fired = False
         self.steps: dict[str, int] = {}
+        self.failed = 0
+        self.log = directory / f"strace-{pid}"
         self._pid = pid
         self._inject: list[str] = []
         if step is not None:
             kind, k = step.split(":")
-            self._inject = ["-e", f"inject={kind}:signal=SIGKILL:when={k}"]
-        self._log = directory / f"strace-{pid}"
+            self._inject = ["-e", f"inject={kind}:{what}:when={k}"]
         self._strace: subprocess.Popen | None = None
 
-    def __enter__(self) -> KilledAt:
+    def __enter__(self) -> Self:
         self._strace = subprocess.Popen(
-            ["strace", "-f", "-o", str(self._log), "-e", "trace=all", *self._inject, "-p", str(self._pid)],
+            ["strace", "-f", "-o", str(self.log), "-e", "trace=all", *self._inject, "-p", str(self._pid)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -66,11 +72,19 @@ class KilledAt:
             self._strace.send_signal(signal.SIGINT)  # it detaches
         self._strace.wait(PATIENCE)
         self._strace.stderr.close()
-        lines = self._log.read_text(errors="replace").splitlines() if self._log.exists() else []
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        self.failed = sum("(INJECTED)" in line for line in lines)
         begun = Counter(match.groups() for line in lines if (match := re.match(r"(\d+) +(\w+)\(", line)))
         for (_, kind), count in begun.items():
             self.steps[kind] = max(self.steps.get(kind, 0), count)
-        self._log.unlink(missing_ok=True)
+        self.log.unlink(missing_ok=True)
+
+
+class KilledAt(Injected):
+    """While it is entered, the process dies at ``step``, or is only watched where that is None."""
+
+    def __init__(self, pid: int, step: str | None, directory: Path) -> None:
+        super().__init__(pid, step, directory, "signal=SIGKILL")
 
 
 def died(pidfd: int, seconds: float) -> bool:

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple
 
+from etha.tensor_bus.ipc.libc import system_limit
+
 _DELETED: Final = b" (deleted)"
 _NAMES: Final = (sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
 
@@ -147,11 +149,15 @@ class OwnRegions:
         """Open the file.
 
         Raises:
-            OSError: no descriptor is left, or /proc is hidden.
+            SystemLimit: no descriptor is left.
+            OSError: /proc is hidden.
         """
         self._fds: list[int] = []
-        # Opened and put on record in one call, so that an interrupt finds either nothing or both.
-        self._fds.extend(map(os.open, ("/proc/self/maps",), (os.O_RDONLY | os.O_CLOEXEC,)))
+        try:
+            # Opened and put on record in one call, so that an interrupt finds either nothing or both.
+            self._fds.extend(map(os.open, ("/proc/self/maps",), (os.O_RDONLY | os.O_CLOEXEC,)))
+        except OSError as error:
+            raise system_limit(error, "looking at one's own mappings") or error from error
         self._answers = True
         self._table: RegionTable | None = None
         self._query = bytearray(_QUERY.size)

@@ -23,6 +23,7 @@ from etha.tensor_bus.ipc.observation import Observation, observe
 from etha.tensor_bus.ipc.process import (
     boot_id,
     pid_namespace,
+    proc_text,
     process_command,
     process_label,
     process_state,
@@ -60,6 +61,7 @@ class Peer:
         gid: effective, at the same time.
         started: clock ticks since boot; 0 if /proc hides it.
         command: what it runs, a label.
+        label: for people: ``"pid 4122 (live_eval.py)"``.
     """
 
     _pidfd = -1
@@ -71,6 +73,7 @@ class Peer:
         self.gid = gid
         self.started = start_time(pid)
         self.command = process_command(pid)
+        self.label = f"pid {pid} ({self.command})"
         self._pidfd = pidfd
 
     @classmethod
@@ -116,11 +119,6 @@ class Peer:
             peer.close()
             raise ProcessLookupError(errno.ESRCH, f"process {pid} of start time {started} is dead")
         return peer
-
-    @property
-    def label(self) -> str:
-        """For people: ``"pid 4122 (live_eval.py)"``."""
-        return f"pid {self.pid} ({self.command})"
 
     def fileno(self) -> int:
         """The pidfd: readable once the process has died.
@@ -220,7 +218,7 @@ def authorise_tracer(pid: int | None) -> bool:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        if yama_scope() is None:
+        if not pid or yama_scope() is None:  # these need no process that is there
             return False
         raise ProcessLookupError(errno.ESRCH, f"there is no process {pid}") from error
     return True
@@ -229,6 +227,6 @@ def authorise_tracer(pid: int | None) -> bool:
 def yama_scope() -> int | None:
     """Yama's ptrace_scope, 0 (off) to 3 (nobody); None if the kernel has no Yama."""
     try:
-        return int(_YAMA_SCOPE.read_text())
+        return int(proc_text(str(_YAMA_SCOPE)))
     except FileNotFoundError:
         return None

@@ -3,6 +3,8 @@
 Only `open_files` needs leave to look into the process. Everything that a process chose itself (its name, its
 arguments) is a label: shown, stripped of what a terminal would act on, and never compared.
 
+Who has no descriptor left to look by gets `SystemLimit`.
+
 Sources: proc_pid_stat(5), proc_pid_cmdline(5), pid_namespaces(7).
 """
 
@@ -11,6 +13,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Final
+
+from etha.tensor_bus.ipc import libc
 
 _LABEL_LENGTH: Final = 64
 _PYTHON_OPTIONS_WITH_VALUE: Final = frozenset({"-W", "-X", "--check-hash-based-pycs"})
@@ -63,7 +67,7 @@ def process_label(pid: int) -> str:
 
 def boot_id() -> str:
     """The kernel's id of this boot, a UUID."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return proc_text("/proc/sys/kernel/random/boot_id").strip()
 
 
 def pid_namespace() -> int:
@@ -88,10 +92,26 @@ def open_files(pid: int) -> list[tuple[int, tuple[int, int]]]:
     return found
 
 
+def proc_text(path: str) -> str:
+    """What a file of /proc says.
+
+    Raises:
+        SystemLimit: no descriptor is left to read it by.
+        OSError: it is gone, or hidden.
+    """
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError as error:
+        limit = libc.system_limit(error, f"reading {path}")
+        if limit is None:
+            raise
+        raise limit from error
+
+
 def _stat_fields(pid: int) -> list[str] | None:
     """The fields of /proc/PID/stat from the third (state) on; None if there is no such file."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        text = proc_text(f"/proc/{pid}/stat")
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
     # The second field is the command in parentheses, which may itself contain both.
@@ -100,7 +120,7 @@ def _stat_fields(pid: int) -> list[str] | None:
 
 def _status_line(pid: int, key: str) -> str:
     try:
-        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+        lines = proc_text(f"/proc/{pid}/status").splitlines()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return ""
     return next((line.removeprefix(key).strip() for line in lines if line.startswith(key)), "")
