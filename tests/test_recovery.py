@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import gates
 import pytest
 from box import until
 from harness import Agent, Raised, Worker
@@ -362,6 +364,150 @@ def test_an_agent_of_another_schema_refuses_and_touches_nothing(
     restart.start()
     reader.do("lease.check(); lease.release()")
     owner.do("with policy.update(timeout=20): pass")
+
+
+# -- memory that cannot be opened again --------------------------------------------------------------------------------
+
+BIG = """
+big = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(512 << 20))
+big[-1] = 7
+policy = client.register_tensors("policy", {"big": big})
+"""
+
+
+class Narrow(Agent):
+    """It has no room for 512 MiB more in its address space, until it is given some."""
+
+    command = (
+        sys.executable,
+        "-W",
+        "error",
+        "-c",
+        """
+import resource, sys
+from etha.cli import main
+from etha.tensor_bus import agent
+def door(path, door=agent.FrontDoor):
+    size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + (400 << 20), resource.RLIM_INFINITY))
+    return door(path)
+agent.FrontDoor = door
+sys.argv = ["etha", "agent"]
+main()
+""",
+    )
+
+    def widen(self) -> None:
+        resource.prlimit(self.pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+@pytest.fixture
+def narrow(agent: Agent, start_worker, restart, runtime: Path, tmp_path: Path) -> Iterator[tuple]:
+    """An owner, a reader from before, and an agent that could not open the memory when it followed."""
+    owner, reader = start_worker(setup=BIG), start_worker(setup="policy = client.subscribe('policy')")
+    restart.kill()
+    successor = Narrow(dict(os.environ), tmp_path)
+    yield owner, reader, successor
+    successor.stop()
+
+
+COME_BACK = "try: client.subscribe('nothing', timeout=0)\nexcept etha.errors.NoPublication: pass"
+"""A call that is answered: what the agent has to say to who has come back is heard before that."""
+
+WHOLE = "with client.subscribe('policy', timeout=20) as p, p.read(timeout=20) as w: v = w['big'][-1].item()\nv"
+
+
+def test_memory_that_cannot_be_opened_again_is_told_of(narrow, start_worker):
+    """A reader at once and with the reason, as often as it asks; the owner once; and who has it mapped reads on."""
+    owner, reader, successor = narrow
+    fresh = start_worker()
+    for _ in range(2):
+        with raises("SystemLimit") as caught:
+            fresh.do("client.subscribe('policy', timeout=50)", timeout=20)
+        assert caught.value.resource
+    assert reader.do("with policy.read() as w: v = w['big'][-1].item()\nv") == 7
+    owner.do(COME_BACK)
+    with raises("SystemLimit"):
+        owner.do("policy.publish()")
+    assert owner.do("policy.publish()") == 1
+    with raises("SystemLimit"):
+        fresh.do("client.subscribe('policy', timeout=0)")
+    owner.do("policy.publish()")
+    assert successor.errors.read_text().count("policy") == 1
+
+
+def test_memory_that_could_not_be_opened_is_tried_again(narrow, start_worker):
+    _, _, successor = narrow
+    fresh = start_worker()
+    with raises("SystemLimit"):
+        fresh.do("client.subscribe('policy', timeout=50)", timeout=20)
+    successor.widen()
+    assert fresh.do(WHOLE) == 7
+
+
+def test_memory_that_could_not_be_opened_is_rebound(narrow, start_worker):
+    owner, reader, _ = narrow
+    fresh = start_worker()
+    with raises("SystemLimit"):
+        fresh.do("client.subscribe('policy', timeout=50)", timeout=20)
+    owner.do(COME_BACK)
+    owner.do("one = torch.full((1,), 9, dtype=torch.uint8).share_memory_()")
+    with raises("SystemLimit"):
+        owner.do("policy.rebind({'big': one.expand(512 << 20)})")
+    owner.do("policy.rebind({'big': one.expand(512 << 20)})")
+    assert fresh.do(WHOLE) == 9
+    assert reader.do("with policy.read(timeout=20) as w: v = w['big'][-1].item()\nv") == 9
+
+
+class Crowded(Agent):
+    """It may take no descriptors from an owner, and has no room for 40 that it is sent, until it is given some."""
+
+    command = (
+        sys.executable,
+        "-W",
+        "error",
+        "-c",
+        gates.filtered(gates.PIDFD_GETFD)
+        + """
+import os, resource, sys
+from etha.cli import main
+from etha.tensor_bus import agent
+def door(path, door=agent.FrontDoor):
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 30, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return door(path)
+agent.FrontDoor = door
+sys.argv = ["etha", "agent"]
+main()
+""",
+    )
+
+    def widen(self) -> None:
+        _, hard = resource.prlimit(self.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def test_descriptors_that_a_new_agent_had_no_room_for_are_asked_for_again(
+    agent: Agent, start_worker, restart, runtime: Path, tmp_path: Path, request
+):
+    owner = start_worker(setup="many = {str(n): torch.full((4,), n).share_memory_() for n in range(40)}")
+    owner.do("policy = client.register_tensors('policy', many)")
+    fresh = start_worker()
+    restart.kill()
+    successor = Crowded(dict(os.environ), tmp_path)
+    request.addfinalizer(successor.stop)
+    owner.do(COME_BACK)  # it sends them at the end of this
+    owner.do(COME_BACK)
+    with raises("SystemLimit") as caught:
+        owner.do("policy.publish()")
+    assert caught.value.resource == "RLIMIT_NOFILE"
+    with raises("SystemLimit"):
+        fresh.do("client.subscribe('policy', timeout=0.5)")
+    successor.widen()
+    fresh.say("with client.subscribe('policy', timeout=50) as p, p.read() as w: v = w['33'].tolist()\nv")
+    while not fresh.heard():
+        owner.do("policy.publish()")
+    assert fresh.hear() == [33] * 4
 
 
 # -- what is recorded contradicts itself -------------------------------------------------------------------------------

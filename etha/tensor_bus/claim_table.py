@@ -29,7 +29,8 @@ class Failed(NamedTuple):
 
 
 class OpenMemory(NamedTuple):
-    """Open a publication's allocations, then call `Registry.opened` or `Registry.open_failed`."""
+    """Open a publication's allocations, then call `Registry.opened` or `Registry.open_failed`. Of one that could not be
+    recovered: try again, then call `Registry.recovered` or `Registry.unrecovered`."""
 
     generation: int
 

@@ -13,6 +13,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Final
 
+from etha.errors import EthaError
 from etha.tensor_bus.ipc.manifest import Manifest
 
 Actor = tuple[int, int]
@@ -221,6 +222,8 @@ class Publication:
         memory_closing: it has been told to close them.
         layout, sequence: of the manifest: its number, and the command that brought it.
         recovering: its owner lives, and this agent, which is new, has not opened its memory yet.
+        fault: why it could not, at the last attempt; None if there was none, or it is open.
+        retrying: another attempt is under way.
         suspended: no one has its memory mapped, and it is its owner's for now.
         registration: not answered yet: its memory is being opened.
         moving: not answered yet: a rebinding or a suspending, in the update that writes.
@@ -247,6 +250,8 @@ class Publication:
     layout: int = 1
     sequence: int = 0
     recovering: bool = False
+    fault: EthaError | None = None
+    retrying: bool = False
     suspended: bool = False
     registration: Registration | None = None
     moving: Rebinding | Suspending | None = None
@@ -315,6 +320,11 @@ class Publication:
     def waiting_updates(self) -> list[Update]:
         """The updates that wait, in order."""
         return [claim for claim in self.queue if isinstance(claim, Update)]
+
+    def recovered(self) -> None:
+        """Its memory is open, or needs to be no more."""
+        self.recovering = self.retrying = False
+        self.fault = None
 
     def lend(self, claim: Lease) -> None:
         """Turn a waiting read into a lease on the newest version."""

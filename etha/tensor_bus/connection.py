@@ -49,6 +49,7 @@ class Connection(Line):
         self.unasked: dict[int, EthaError] = {}
         self.on_wanted: Callable[[int], bool] = lambda sequence: True
         self.shares: Callable[[], Iterable[int]] = tuple
+        self._unasked_for: set[int] = set()
         self._sent_anew: set[int] = set()
         self._pending: dict[int, Pending] = {}
         self._given_up: set[int] = set()
@@ -177,7 +178,7 @@ class Connection(Line):
             key = -packet.sequence
             pending = self._pending.get(key)
             again = packet.sequence in self._heard  # a successor tells what its predecessor told
-            if not again:
+            if packet.sequence and not again:
                 self._heard.append(packet.sequence)
             if pending is None and packet.failure is not None and key not in self._given_up and not again:
                 self.unasked[packet.generation] = packet.failure.error()
@@ -222,9 +223,13 @@ class Connection(Line):
         while self._wanted and self._end is None:
             try:
                 sequence = self._wanted[0]
-                if sequence not in self._sent_anew and not self.on_wanted(sequence):
+                if sequence in self._sent_anew:
+                    self._sent_anew.discard(sequence)  # asked before it had come; once more, and it has been lost
+                elif not self.on_wanted(sequence):
                     return
-                self._sent_anew.add(sequence)
+                elif sequence in self._unasked_for:
+                    self._unasked_for.discard(sequence)
+                    self._sent_anew.add(sequence)
                 self._wanted.remove(sequence)
             except (IndexError, ValueError):
                 return  # another thread sent them too
@@ -243,6 +248,7 @@ class Connection(Line):
         self._sent_anew.clear()
         self._wanted.clear()
         self._wanted.extend(self.shares())
+        self._unasked_for = set(self._wanted)
         for pending in list(self._pending.values()):
             if pending.reply is None:
                 pending.mail.close()

@@ -244,7 +244,7 @@ class Memory:
             self._backstage.open_or_close(partial(_close, before), lambda _: None)
 
     def recover(self, client: bytes, peer: Peer, published: Iterable[tuple[int, int, Manifest]]) -> None:
-        """A predecessor held these of one owner (generation, sequence, manifest): take all descriptors from it in one
+        """A predecessor held these (generation, sequence, manifest) of one owner: take the descriptors from it in one
         look, if the kernel lets us; else it sends them."""
         wanting: list[tuple[int, Held]] = []
         for generation, sequence, manifest in published:
@@ -254,10 +254,21 @@ class Memory:
             else:
                 self._open_if_complete(generation, held)
         if wanting:
-            manifests = [held.manifest for _, held in wanting]
-            self._backstage.chore(
-                lambda: fetch_descriptors(peer, manifests), lambda found: self._all_fetched(wanting, found)
-            )
+            self._fetch(peer, wanting)
+
+    def try_again(self, generation: int, peer: Peer) -> bool:
+        """Open once more what could not be recovered; whether its owner is to be asked for descriptors first."""
+        held = self._held[generation]
+        if -1 in held.fds:
+            self._fetch(peer, [(generation, held)])
+            return True
+        held.opening = False
+        self._open_if_complete(generation, held)
+        return False
+
+    def _fetch(self, peer: Peer, wanting: list[tuple[int, Held]]) -> None:
+        manifests = [held.manifest for _, held in wanting]
+        self._backstage.chore(lambda: fetch_descriptors(peer, manifests), partial(self._all_fetched, wanting))
 
     def _all_fetched(self, wanting: list[tuple[int, Held]], found: object) -> None:
         if isinstance(found, list):  # else their owner has died, or will send them

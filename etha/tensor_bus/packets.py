@@ -262,10 +262,10 @@ class Wanted(msgspec.Struct, frozen=True, array_like=True, tag=39):
 
 
 class Outcome(msgspec.Struct, frozen=True, array_like=True, tag=37):
-    """What became of a command.
+    """What became of a command; or, unasked, what is wrong with a publication.
 
     Attributes:
-        sequence: of the command.
+        sequence: of the command; 0 where there was none: the failure is the publication's next call's.
         generation: the publication concerned; 0 if there is none.
         failure: why it failed, or None.
         served: the client's last served command.

@@ -318,6 +318,7 @@ class Publication:
             self._tell_torn(clock.now() + self._link.patience)
         failure = connection.unasked.pop(self.generation, None)
         if failure is not None:
+            self._shared.doubt_memory()  # it may be that a new agent has not got it: a rebind() leaves nothing out
             raise failure
 
     def _require_memory(self) -> None:

@@ -115,7 +115,8 @@ class Registry(Settling):
         publication = self.publications[generation]
         publication.memory_open = publication.memory_closing = False
         if publication.live:
-            publication.suspended, publication.recovering = True, False
+            publication.suspended = True
+            publication.recovered()
             self._changed(publication)
         if isinstance(publication.moving, Suspending):
             claim, publication.moving = publication.moving, None
@@ -125,9 +126,19 @@ class Registry(Settling):
     def recovered(self, generation: int, now: float) -> None:
         """The agent has opened the memory of a publication that its predecessor knew."""
         publication = self.publications[generation]
-        publication.recovering = False
+        publication.recovered()
         self.table.dirty.publications.add(generation)  # and no bell: who has it mapped missed nothing
         self._settle_name(publication.name, now)
+
+    def unrecovered(self, generation: int, error: EthaError) -> None:
+        """The agent could not open that memory. Who waits for it is told, and whoever asks next has it tried again."""
+        publication = self.publications[generation]
+        publication.fault, publication.retrying = error, False
+        if self.names.get(publication.name) is publication:
+            for claim in self._wanting.of(publication.name):
+                if isinstance(claim, Import):
+                    self._detach(claim)
+                    self.table.fail(claim, error)
 
     def rebind(self, claim: Rebinding, now: float) -> None:
         """Within an update: the tensors lie elsewhere, or have memory again."""
@@ -147,7 +158,8 @@ class Registry(Settling):
             publication.manifest = claim.manifest
             publication.sequence = command_sequence(claim.number) or 0
             publication.layout += 1
-            publication.suspended = publication.recovering = False
+            publication.suspended = False
+            publication.recovered()
             publication.memory_open = True
             self.table.finish(claim, now)
             self._changed(publication)

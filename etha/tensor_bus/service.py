@@ -13,7 +13,7 @@ from collections import Counter
 from etha.errors import EthaError
 from etha.tensor_bus import claims, packets, verdicts
 from etha.tensor_bus.claim_table import AskUnmap, CloseMemory, Effect, Failed, Granted, MoveMemory, OpenMemory, Ring
-from etha.tensor_bus.claims import Import, Lease, Rebinding, Registration, Update
+from etha.tensor_bus.claims import Import, Lease, Publication, Rebinding, Registration, Update
 from etha.tensor_bus.command_queue import CommandQueue
 from etha.tensor_bus.ipc.observation import Observation, observe
 from etha.tensor_bus.journal import Journal
@@ -89,6 +89,8 @@ class Service:
         self.serve(session, now)
         for sequence in self._memory.wanting(session.client):
             session.send(packets.Wanted(sequence))
+        for publication in self.registry.publications.values():
+            self._tell_fault(session, publication)
 
     def orphaned(self, session: Session, now: float) -> None:
         """Its connection has ended; its process lives."""
@@ -205,9 +207,7 @@ class Service:
 
     def _carry_out(self, effect: object) -> None:
         if isinstance(effect, OpenMemory):
-            publication = self.registry.publications[effect.generation]
-            sequence = claims.command_sequence(publication.number) or 0
-            self._memory.expect(effect.generation, publication.owner, sequence, publication.manifest)
+            self._open_memory(self.registry.publications[effect.generation])
         elif isinstance(effect, MoveMemory):
             moving = self.registry.publications[effect.generation].moving
             if isinstance(moving, Rebinding):
@@ -253,6 +253,30 @@ class Service:
 
     # -- memory -----------------------------------------------------------------------------------
 
+    def _open_memory(self, publication: Publication) -> None:
+        if not publication.recovering:
+            sequence = claims.command_sequence(publication.number) or 0
+            self._memory.expect(publication.generation, publication.owner, sequence, publication.manifest)
+            return
+        session = self._sessions.get(publication.owner)
+        if session is not None and self._memory.try_again(publication.generation, session.peer):
+            session.send(packets.Wanted(publication.sequence))
+
+    def _not_recovered(self, publication: Publication, error: EthaError) -> None:
+        known, fault = publication.fault, verdicts.unopened(publication.name, error)
+        self.registry.unrecovered(publication.generation, fault)
+        if known is None:
+            logger.error("%s", fault.message)
+            session = self._sessions.get(publication.owner)
+            if session is not None:
+                self._tell_fault(session, publication)
+
+    def _tell_fault(self, session: Session, publication: Publication) -> None:
+        """The owner hears at its next call that a publication's memory could not be recovered, if it could not."""
+        if publication.owner == session.client and publication.fault is not None and publication.live:
+            failure = Failure.of(publication.fault)
+            session.send(packets.Outcome(0, publication.generation, failure, session.served))
+
     def _memory_opened(self, generation: int, error: EthaError | None) -> None:
         publication = self.registry.publications.get(generation)
         if publication is None:
@@ -262,7 +286,7 @@ class Service:
                 self.registry.recovered(generation, self._now)
                 self._look_at_owner(generation)
             else:
-                logger.error('"%s" cannot be recovered: %s', publication.name, error)
+                self._not_recovered(publication, error)
             return
         if error is not None:
             self.registry.open_failed(generation, error, self._now)

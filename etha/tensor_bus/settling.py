@@ -144,6 +144,9 @@ class Settling:
                 claim.layout = publication.layout
                 publication.imports[claim.id] = claim
                 self.table.grant(claim, now)
+            elif publication is not None and publication.fault is not None and not publication.retrying:
+                publication.retrying = True
+                self.table.effects.append(OpenMemory(publication.generation))
 
     def _create(self, claim: Registration, now: float) -> None:
         generation = claim.generation = next(self.generations)

@@ -132,6 +132,17 @@ def taken(name: str, owner: str) -> NameTaken:
     )
 
 
+def unopened(name: str, error: EthaError) -> EthaError:
+    """An agent that has followed another cannot open the publication's memory, for this reason."""
+    again = "The next subscribe() tries again; its owner's rebind() gives it other memory."
+    return type(error)(
+        f'the memory of "{name}" could not be opened by an agent that has followed another: {error.message}',
+        resource=error.resource,
+        holder=error.holder,
+        remedy=again if error.remedy is None else f"{again} {error.remedy}",
+    )
+
+
 def over(generation: int) -> StaleHandle:
     """The publication is no more."""
     return StaleHandle(
@@ -173,6 +184,8 @@ def unsubscribed(name: str) -> StaleHandle:
 def expired(claim: Claim, publication: Publication | None, clients: Mapping[bytes, Client], now: float) -> EthaError:
     """Why the claim was not granted by its deadline, naming who stood in the way."""
     name = claim.name
+    if isinstance(claim, Import) and publication is not None and publication.fault is not None:
+        return publication.fault
     if isinstance(claim, Import) and publication is not None and (publication.recovering or publication.suspended):
         owner = _label(publication.owner, clients)
         why = "has suspended it" if publication.suspended else "has made no call since the agent was started anew"
