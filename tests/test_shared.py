@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -336,3 +337,26 @@ def test_a_rebinding_whose_outcome_went_with_the_agent_is_answered_for(
         worker.do("policy.close()")
     assert owner.do("len(client._link.exports)") == 1
     assert owner.do("policy.close(timeout=20); len(client._link.exports)") == 0
+
+
+def test_a_closing_that_fails_leaves_it_suspended(agent: Agent, owner: Worker, reader: Worker):
+    """The update in which it was suspended is over by then: a closing waits behind updates."""
+    reader.do("policy.read().release(); policy.close()")
+    owner.do("policy.suspend(timeout=20)")
+    for _ in range(2):
+        agent.kill(signal.SIGSTOP)
+        with raises("AgentTimeout"):
+            owner.do("policy.close(timeout=0.2)")
+        agent.kill(signal.SIGCONT)
+        for call in ("policy.publish()", "policy.update().__enter__()", "policy.rebind(dict(net.named_parameters()))"):
+            with raises("InvalidArgument"):
+                owner.do(call)
+    owner.do("policy.resume(timeout=20)")
+    assert reader.do("policy = client.subscribe('policy', timeout=20)\n" + VALUE) == (1, 1.0)
+    reader.do("policy.close()")
+    owner.do("policy.suspend(timeout=20)")
+    agent.kill(signal.SIGSTOP)
+    with raises("AgentTimeout"):
+        owner.do("policy.close(timeout=0.2)")
+    agent.kill(signal.SIGCONT)
+    owner.do("policy.close(timeout=20)")

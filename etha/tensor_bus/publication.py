@@ -227,7 +227,10 @@ class Publication:
             raise InvalidArgument(
                 f'"{self.name}" is not suspended.', resource=self.name, remedy="Use rebind() for tensors that moved."
             )
-        self._move(self._shared.export_anew(tensors), timeout)
+        deadline = clock.deadline_after(timeout)
+        if not self._suspended.held:  # a close() that failed has given it back
+            self._suspended = self.update(timeout=timeout).begin()
+        self._move(self._shared.export_anew(tensors), clock.remaining(deadline))
         update, self._suspended = self._suspended, None
         update.__exit__(None, None, None)
 
@@ -237,9 +240,10 @@ class Publication:
         New reads are refused at once; then this waits until every lease and every mapping of it is gone.
 
         Raises:
-            LeaseTimeout, MappingTimeout: ``holder`` names who still has one. The publication is open again.
+            LeaseTimeout, MappingTimeout: ``holder`` names who still has one. The publication is what it was, open or
+                suspended.
             DeadlockError: this thread itself holds a lease on it.
-            AgentTimeout: no answer; the publication is open.
+            AgentTimeout, AgentGone: no answer; the publication is what it was. Call this again.
         """
         if self._closed:
             return
@@ -249,9 +253,8 @@ class Publication:
         record = Close(self.generation, threading.get_native_id(), deadline)
         self._link.reap()
         try:
-            if self._suspended is not None:
-                self._suspended.give_back()
-                self._suspended = None
+            if self._suspended is not None and self._suspended.held:
+                self._suspended.give_back()  # a closing waits behind updates
             self._tell_torn(deadline)
             self._link.command(ticket, record, deadline, answered=True)
             self._link.outcome(ticket, deadline, timeout)

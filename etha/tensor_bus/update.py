@@ -35,6 +35,11 @@ class Update:
         self.version: int | None = None
         """The version that was published, once it was."""
 
+    @property
+    def held(self) -> bool:
+        """True from its grant to its end, however it ends."""
+        return self._held
+
     def __enter__(self) -> Update:
         publication = self._publication
         publication._require_open()
@@ -43,6 +48,11 @@ class Update:
             raise InvalidArgument(
                 "an update is entered once.", resource=publication.name, remedy="Call update() again."
             )
+        return self.begin()
+
+    def begin(self) -> Update:
+        """Enter it, whether there is memory to be written or not."""
+        publication = self._publication
         with publication._lock:
             publication._next_version(self._asked)
         link = publication._link
