@@ -139,6 +139,26 @@ def test_a_lease_released_meanwhile_holds_nobody_up(owner: Worker, reader: Worke
     owner.do("with policy.update(timeout=10): pass")
 
 
+@pytest.mark.parametrize("held", ["update", "lease"])
+def test_a_name_of_an_owner_that_has_not_come_back_is_waited_for_and_its_holder_named(
+    owner: Worker, reader: Worker, restart, start_worker, held: str
+):
+    """Whether it computes or is dying, nobody can tell; whoever leases or updates it is not who has the name."""
+    other = start_worker(setup="x = torch.zeros(4).share_memory_()")
+    if held == "update":
+        owner.do("update = policy.update(); update.__enter__(); None")
+    else:
+        reader.do("lease = policy.read()")
+    restart()
+    with raises("NameTaken") as caught:
+        other.do("client.register_tensors('policy', {'x': x}, timeout=0.3)")
+    assert f"pid {owner.pid}" in caught.value.holder
+    other.say("client.register_tensors('policy', {'x': x}, timeout=50).generation")
+    owner.kill()
+    owner.process.wait(20)
+    assert other.hear() > 1
+
+
 def test_who_died_meanwhile_holds_nobody_up(owner: Worker, reader: Worker, restart, start_worker):
     reader.do("lease = policy.read()")
     other = start_worker(setup="p = client.register_tensors('other', {'x': torch.zeros(4).share_memory_()})")

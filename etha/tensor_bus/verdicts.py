@@ -29,6 +29,7 @@ from etha.tensor_bus.claims import (
     Phase,
     Publication,
     Rebinding,
+    Registration,
     Suspending,
     Update,
 )
@@ -132,6 +133,16 @@ def taken(name: str, owner: str) -> NameTaken:
     )
 
 
+def _never_freed(name: str, owner: str) -> NameTaken:
+    """The name's owner has no connection, so it might have been dying; it lives still."""
+    return NameTaken(
+        f'"{name}" is published by {owner}, which has no connection to the agent, and lives.',
+        resource=name,
+        holder=owner,
+        remedy="Wait for its end, or end it; or choose another name.",
+    )
+
+
 def unopened(name: str, error: EthaError) -> EthaError:
     """An agent that has followed another cannot open the publication's memory, for this reason."""
     again = "The next subscribe() tries again; its owner's rebind() gives it other memory."
@@ -209,6 +220,10 @@ def expired(claim: Claim, publication: Publication | None, clients: Mapping[byte
             resource=name,
             remedy="Register again with a longer timeout.",
         )
+    if isinstance(claim, Registration):
+        has_it = clients.get(publication.owner)
+        if has_it is not None and not (claim.replace and has_it.pid == claim.actor[0]):
+            return taken(name, has_it.label) if has_it.connected else _never_freed(name, has_it.label)
     if isinstance(claim, Rebinding):
         return AgentTimeout(
             f'the memory of "{name}" was not opened by the deadline; it is where it was.',
