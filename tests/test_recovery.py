@@ -139,6 +139,16 @@ def test_a_lease_released_meanwhile_holds_nobody_up(owner: Worker, reader: Worke
     owner.do("with policy.update(timeout=10): pass")
 
 
+@pytest.mark.parametrize("there", ["dead", "followed"])
+def test_a_subscription_closed_meanwhile_holds_nobody_up(owner: Worker, reader: Worker, restart, there: str):
+    """Its reader makes no further call, and has made none with the agent that followed."""
+    restart.kill() if there == "dead" else restart()
+    reader.do("policy.close()")
+    if there == "dead":
+        restart.start()
+    owner.do("policy.close(timeout=10)")
+
+
 @pytest.mark.parametrize("held", ["update", "lease"])
 def test_a_name_of_an_owner_that_has_not_come_back_is_waited_for_and_its_holder_named(
     owner: Worker, reader: Worker, restart, start_worker, held: str

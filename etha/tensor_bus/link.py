@@ -54,11 +54,11 @@ class Ticket:
 
 
 class _Ended(NamedTuple):
-    """An import, or only its memory, that is over, and what the agent hears once no tensor of it is left."""
+    """An import, or only its memory (``subscribed``), that is over; the agent hears it once no tensor of it is left."""
 
     number: int
     memory: ImportedMemory | None
-    packet: packets.Release | packets.Unmapped
+    subscribed: bool
 
 
 class Link:
@@ -128,8 +128,7 @@ class Link:
             connection.forget(pending)
 
     def release(self, number: int) -> None:
-        """Give a claim back. While there is no agent, its successor finds that in the queue: it would hold on to the
-        claim until this process calls again, and who waits for it with it."""
+        """Give a claim back; while there is no agent, in the queue: a successor would hold it until our next call."""
         self.connection.tell(packets.Release(number))
         if self.connection.lost and self.connection.usable:
             try:
@@ -247,8 +246,7 @@ class Link:
             memory: what was mapped; None if that was noted before, or there was nothing.
             subscribed: the subscription itself goes on.
         """
-        packet = packets.Unmapped(number) if subscribed else packets.Release(number)
-        self._dropped.append(_Ended(number, memory, packet))
+        self._dropped.append(_Ended(number, memory, subscribed))
 
     def reap(self) -> None:
         """Settle what is over: unmap what nobody views, tell the agent, let go of pins. Every call of etha does so."""
@@ -282,7 +280,10 @@ class Link:
         TABLE.reap()
         for number, ended in list(self._closing.items()):
             if ended.memory is None or not ended.memory.live:
-                self.connection.tell(ended.packet)
+                if ended.subscribed:
+                    self.connection.tell(packets.Unmapped(number))
+                else:
+                    self.release(number)
                 known = self._closing.pop(number, None)
                 if known is not None and known is not ended:
                     self._closing.setdefault(number, known)  # another thread has ended more than this

@@ -1,4 +1,4 @@
-"""Descriptors of an owner's publications, taken from its owner while that is idle.
+"""Descriptors of an owner's publications, taken from it while it is idle.
 
 An agent that has just started has none, and an owner that computes for ten minutes sends none. Where the kernel lets
 us look into the owner, its descriptors show which of them is the memory that was recorded, and pidfd_getfd(2) takes a
