@@ -125,8 +125,8 @@ def judge(prices: list[Price], did: Counter[str]) -> None:
     usual = spent[len(spent) * 999 // 1000]
     question = int(statistics.median(price.question for price in prices))
     print(
-        f"{len(prices)} cases, {dict(did)}; of the loop's time a hostile one took"
-        f" {statistics.median(spent) / 1e3:.0f} µs (median), {usual / 1e6:.2f} ms (p99.9), a question {question / 1e3:.0f} µs; the dearest {dearest},"
+        f"{len(prices)} cases, {dict(did)}; of the loop's time a hostile one took {spent[len(spent) // 2] / 1e3:.0f} µs"
+        f" (median), {usual / 1e6:.2f} ms (p99.9), a question {question / 1e3:.0f} µs; the dearest {dearest},"
         f" the heaviest {heaviest}"
     )
     assert usual <= max(USUAL_SECONDS * 1e9, QUESTIONS * question)
