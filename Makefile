@@ -8,7 +8,7 @@ READY := .venv/ready
 EXTRAS := demo,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-optimized faults stress bench soak gpu lint clean
+.PHONY: help setup demo test test-optimized faults stress bench bandwidth soak gpu lint clean
 
 help:
 	@echo 'make setup    .venv with etha (editable) and what development needs; quick when nothing changed'
@@ -19,6 +19,7 @@ help:
 	@echo 'make faults   the agent and owners killed at some of their system calls: minutes; needs strace'
 	@echo 'make stress   the tests at their full counts: long'
 	@echo 'make bench    what each operation costs, beside its bare floor: minutes; options: make bench ARGS="--only lease"'
+	@echo 'make bandwidth  what handing over a model costs; options: make bandwidth ARGS="--device cuda:0 --plot"'
 	@echo 'make soak     64 workers for two hours, and whether anything grows; options: make soak ARGS="--minutes 10 --plot"'
 	@echo 'make gpu      all that a GPU is asked: probes, tests, bandwidth; under ten minutes; installs nothing'
 	@echo 'make clean    remove builds and caches; .venv stays'
@@ -69,6 +70,9 @@ stress: setup
 
 bench: setup
 	$(BIN)/python benchmarks/latency.py $(or $(ARGS),--plot)
+
+bandwidth: setup
+	$(BIN)/python benchmarks/bandwidth.py $(or $(ARGS),--plot)
 
 soak: setup
 	$(BIN)/python benchmarks/soak.py $(or $(ARGS),--plot)

@@ -78,7 +78,6 @@ STATE = (
     state.ServedRecord(8),
     state.OutcomeRecord(1, FAILURE),
     state.PublicationRecord("policy", CLIENT, 4, "pid 4 (x)", MANIFEST, 1.0, 1 << 63, 1, 1),
-    state.VersionRecord(1, "ready", 2, True, False, 3.0, "ready", False, False),
     state.VersionRecord(1, "ready", 2, True, False, 3.0, "ready", False, False, 7, ((CLIENT, 8),)),
     state.ClaimRecord("lease", True, 1, "policy", 2, 4, 77, "pid 4 (x)", 3.0, 2, True, 0),
     state.MemoryRecord((((1, 2), (3, 4)),), ((5,),), None),

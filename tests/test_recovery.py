@@ -526,6 +526,7 @@ def test_descriptors_that_a_new_agent_had_no_room_for_are_asked_for_again(
     restart.kill()
     successor = Crowded(dict(os.environ), tmp_path)
     request.addfinalizer(successor.stop)
+    owner.do(COME_BACK)  # it sends them at the end of this
     owner.do(COME_BACK)
     with raises("SystemLimit") as caught:
         owner.do("policy.publish()")

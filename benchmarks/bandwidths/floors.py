@@ -6,6 +6,7 @@ The opening side is a process of its own, in which nothing of it is open already
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import socket
@@ -24,6 +25,12 @@ _PACKET: Final = 200
 """Descriptors or handles in one; the kernel takes 253."""
 
 _HANDLE_BYTES: Final = 64
+
+# Not Python's own mmap: it keeps a copy of the descriptor.
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 class Exporter:
@@ -93,7 +100,6 @@ class Opener:
         raise_descriptor_limit()
         self._place = place
         self._sock = sock
-        self._maps: list[mmap.mmap] = []
         self._opened: list[tuple[int, int]] = []
         self._range = (0, 0)
         if place.kind != "host":
@@ -114,9 +120,7 @@ class Opener:
             while len(fds) < len(sizes):
                 fds += socket.recv_fds(self._sock, 16, _PACKET)[1]
             if self._place.kind == "host":
-                self._maps += [
-                    mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ) for fd, size in zip(fds, sizes, strict=True)
-                ]
+                self._opened += [(_map_file(fd, size), size) for fd, size in zip(fds, sizes, strict=True)]
             else:
                 self._map(fds, sizes)
             for fd in fds:
@@ -138,15 +142,22 @@ class Opener:
     def close(self) -> float:
         """Seconds to close all that is open."""
         started = time.perf_counter_ns()
-        for mapped in self._maps:
-            mapped.close()
         for address, size in self._opened:
-            if self._place.kind == "legacy":
+            if self._place.kind == "host":
+                _libc.munmap(address, size)
+            elif self._place.kind == "legacy":
                 self._cuda("cuIpcCloseMemHandle", address)
             else:
                 self._cuda("cuMemUnmap", address, size)
         if self._range[0]:
             self._cuda("cuMemAddressFree", *self._range)
         took = (time.perf_counter_ns() - started) * 1e-9
-        self._maps, self._opened, self._range = [], [], (0, 0)
+        self._opened, self._range = [], (0, 0)
         return took
+
+
+def _map_file(fd: int, size: int) -> int:
+    address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+    if address is None or address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), f"mapping {size} bytes")
+    return int(address)

@@ -2,7 +2,7 @@
 
 From the bottom up; a module imports only what stands above it in this list::
 
-    ipc                                    memory of another process: records, host backend, mappings, views
+    ipc                                    memory of another process: records, backends, mappings, views
     clock, paths, records                  deadlines; where files are; how records become bytes
     environments, lockfile                 LMDB files, once per process; who serves a path
     commands, command_queue, state,        what workers ask; what the agent knows

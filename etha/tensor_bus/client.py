@@ -90,12 +90,13 @@ class TensorBusClient:
         of the lowest rank is taken.
 
         Args:
-            device: ``"cpu"``, or a `torch.device`.
+            device: ``"cpu"``, ``"cuda:1"`` as this process counts them, or a `torch.device`.
             connection_timeout: seconds to wait for such an agent, and to connect; else as above.
 
         Raises:
             NoAgent: none serves it; ``resource`` is the device, and the text says which agents there are.
-            InvalidArgument: no device.
+            InvalidArgument: no device, or none that this process sees.
+            DriverError: it is a GPU, and there is no CUDA driver.
             AgentStopped, AgentGone, UnsafePath: as above.
         """
         name, deadline = device_name(device), clock.deadline_after(connection_timeout)

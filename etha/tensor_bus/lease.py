@@ -1,8 +1,8 @@
 """A lease: one version of a publication, in place, until it is given back.
 
-It is a context manager and a mapping from name to tensor. The tensors alias the owner's memory and are mapped
-read-only: a write through them ends the process with SIGSEGV. They stay valid memory after the lease, for as long as
-anyone keeps them, but from then on the owner may write while they are read.
+It is a context manager and a mapping from name to tensor. The tensors alias the owner's memory. That of the host is
+mapped read-only: a write through them ends the process with SIGSEGV. They stay valid memory after the lease, for as
+long as anyone keeps them, but from then on the owner may write while they are read.
 
 A lease ends at ``with``'s end, at `release`, or when it is collected (then with a `ResourceWarning`). It belongs to
 the thread that took it as far as the search for deadlocks goes; any thread may release it.

@@ -108,7 +108,8 @@ class Service:
         self.serve(session, now)
         for sequence in self._memory.wanting(session.client):
             session.send(packets.Wanted(sequence))
-        self._tell_faults(session)
+        for publication in self.registry.publications.values():
+            self._tell_fault(session, publication)
 
     def orphaned(self, session: Session, now: float) -> None:
         """Its connection has ended; its process lives."""
@@ -312,14 +313,13 @@ class Service:
             logger.error("%s", fault.message)
             session = self._sessions.get(publication.owner)
             if session is not None:
-                self._tell_faults(session)
+                self._tell_fault(session, publication)
 
-    def _tell_faults(self, session: Session) -> None:
-        """Its owner hears at its next call that a publication's memory could not be recovered."""
-        for publication in self.registry.publications.values():
-            if publication.owner == session.client and publication.fault is not None and publication.live:
-                failure = Failure.of(publication.fault)
-                session.send(packets.Outcome(0, publication.generation, failure, session.served))
+    def _tell_fault(self, session: Session, publication: Publication) -> None:
+        """The owner hears at its next call that a publication's memory could not be recovered, if it could not."""
+        if publication.owner == session.client and publication.fault is not None and publication.live:
+            failure = Failure.of(publication.fault)
+            session.send(packets.Outcome(0, publication.generation, failure, session.served))
 
     def _memory_opened(self, generation: int, error: EthaError | None) -> None:
         publication = self.registry.publications.get(generation)

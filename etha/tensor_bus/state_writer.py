@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import lmdb
 import msgspec
 
+from etha.tensor_bus import state
 from etha.tensor_bus.environments import fault, open_environment
 from etha.tensor_bus.ipc.process import process_label
 from etha.tensor_bus.records import encode
-from etha.tensor_bus.state import MAP_SIZE
 
 
 class StateWriter:
@@ -18,7 +18,7 @@ class StateWriter:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._environment = open_environment(path, map_size=MAP_SIZE, create=True)
+        self._environment = open_environment(path, map_size=state.MAP_SIZE, create=True)
 
     def write(self, changes: Mapping[bytes, msgspec.Struct | None]) -> None:
         """Commit all changes in one transaction; None deletes.

@@ -100,7 +100,9 @@ class Subscription:
             try:
                 lease = self._ask(asked)
             except StaleHandle:
-                if mapped is self._mapped or self._closed:
+                if self._closed:
+                    self._require_open()  # another thread has closed it, meanwhile; this says so
+                if mapped is self._mapped:
                     raise
                 continue  # another thread has mapped anew, and given back the import that this asked through
             except (PublicationClosed, OwnerDiedError) as error:

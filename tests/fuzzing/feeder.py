@@ -54,13 +54,15 @@ class Feeder:
     """One process's war on an agent.
 
     Attributes:
-        prices: per case, its number, how it was made, its bytes, nanoseconds of the agent's loop, and bytes by which
-            the agent's memory grew at its peak.
+        prices: per case, its number, how it was made, its bytes, nanoseconds of the agent's loop, bytes by which the
+            agent's memory grew at its peak; and nanoseconds of a question behind it, the control. What that takes
+            beyond the median is the agent's own (a heartbeat, a collection) and the machine's.
         did: how often what was done.
+        question_price: nanoseconds of the agent's loop that a question takes, the median; taken off each case's price.
     """
 
     def __init__(self, pid: int) -> None:
-        self.prices: list[tuple[int, str, int, int, int]] = []
+        self.prices: list[tuple[int, str, int, int, int, int]] = []
         self.did: Counter[str] = Counter()
         self._pid = pid
         self._paths = agent_paths(0)
@@ -71,7 +73,7 @@ class Feeder:
         self._sequence = 0
         self._number = 0
         self._question = _FIRST_QUESTION
-        self._question_price = 0
+        self.question_price = 0
         self._kind = ""
         self._files = [os.memfd_create("hostile") for _ in range(2)]
         for fd in self._files:
@@ -89,15 +91,19 @@ class Feeder:
         """
         source = Random()
         self._be_connected(source)
-        self._question_price = self._price_of_a_question()
+        self.question_price = self._price_of_a_question()
         for number in numbers:
             source.seed(seed << 32 | number)
             self._be_connected(source)
             spent, held = self._spent(), self._held()
             size = self._case(source)
             self._ask()
-            spent = max(0, self._spent() - spent - self._question_price)
-            self.prices.append((number, self._kind, size, spent, self._peak() - held))
+            spent, grown = self._spent() - spent - self.question_price, self._peak() - held
+            self._be_connected(source)
+            idle = self._spent()
+            self._ask()
+            idle = self._spent() - idle - self.question_price
+            self.prices.append((number, self._kind, size, spent, grown, idle))
 
     def _price_of_a_question(self) -> int:
         prices = []
@@ -151,7 +157,7 @@ class Feeder:
 
     def _odd(self, source: Random) -> int:
         """What is no record, no packet, or in nobody's place."""
-        draw = source.randrange(7)
+        draw = source.randrange(8)
         if draw == 0:
             return self._send(b"")
         if draw == 1:
@@ -166,6 +172,10 @@ class Feeder:
                 self._commit(key, encode(commands.Leave()))
         elif draw == 5:
             self._put(b"", self._sequence_of(source))
+        elif draw == 6:  # the same number again and again
+            count = source.choice((10, 500, 2000))
+            numbers = (source.choice(self._known.values["claims"]),) * count
+            return self._send(encode(packets.Reassert(numbers, (self._sequence,) * count, source.random() < 0.5)))
         else:  # a kind of command that there is not, with a long name
             self._put(
                 sealed(msgspec.msgpack.encode(["no\n" * source.choice((1, 30, 20_000)), 1])), self._sequence_of(source)

@@ -12,7 +12,6 @@ round of case 2741 up to it and no other: what a case does depends on those befo
 from __future__ import annotations
 
 import os
-import statistics
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +48,7 @@ class Price(NamedTuple):
     size: int
     spent: int
     grown: int
+    control: int
 
 
 @pytest.fixture(scope="module")
@@ -112,15 +112,18 @@ def round_of(scene: Scene, omega: Omega, seed: int, numbers: range, *, alone: bo
 
 def judge(prices: list[Price], did: Counter[str]) -> None:
     """What cases may cost the agent, and that they did what they are for."""
-    spent = sorted(price.spent for price in prices)
-    dearest = sorted(prices, key=lambda price: price.spent)[-8:]
+    hostile = [price for price in prices if price.kind != "friendly"]  # a registration is three packets, and sound
+    spent = sorted(price.spent for price in hostile)
+    control = sorted(price.control for price in hostile)
+    dearest = sorted(hostile, key=lambda price: price.spent)[-8:]
     heaviest = max(prices, key=lambda price: price.grown - PER_BYTE * price.size)
-    usual = spent[len(spent) * 999 // 1000]
+    place = len(spent) * 999 // 1000
     print(
-        f"{len(prices)} cases, {dict(did)}: of the loop's time median {statistics.median(spent) / 1e3:.0f} µs,"
-        f" p99.9 {usual / 1e6:.2f} ms; the dearest {dearest}, the heaviest {heaviest}"
+        f"{len(prices)} cases, {dict(did)}; of the loop's time a hostile one took {spent[len(spent) // 2] / 1e3:.0f} µs"
+        f" (median), {spent[place] / 1e6:.2f} ms (p99.9; {control[place] / 1e6:.2f} ms where nothing was sent);"
+        f" the dearest {dearest}, the heaviest {heaviest}"
     )
-    assert usual <= USUAL_SECONDS * 1e9
+    assert spent[place] - control[place] <= USUAL_SECONDS * 1e9
     assert dearest[-1].spent <= SECONDS * 1e9
     assert [price for price in prices if price.grown > max(MEMORY, PER_BYTE * price.size)] == []
     granted = {"Outcome", "Imported", "Leased", "MayWrite", "Descriptors", "Refused"}
