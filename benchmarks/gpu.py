@@ -23,7 +23,7 @@ from gpurun.parts import BENCHMARKS, parts
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit", type=float, default=570.0, help="seconds for all of it (default: 570)")
+    parser.add_argument("--limit", type=float, default=540.0, help="seconds for all of it (default: 540)")
     parser.add_argument("--scale", type=float, default=0.125, help="of the model in bandwidth.py (default: 0.125)")
     parser.add_argument("--only", action="append", metavar="TEXT", help="only parts whose name holds this; repeatable")
     arguments = parser.parse_args()

@@ -90,7 +90,7 @@ def test_the_parts_are_what_a_gpu_is_asked(tmp_path):
     assert {row for row in rows if "legacy" in row}
     assert {row for row in rows if "-fd" in row}
     assert not {row for row in rows if "host" in row}
-    assert sum(part.least for part in these) < 570
+    assert sum(part.least for part in these) < 540
     assert "expandable_segments:True" in these[2].environment["PYTORCH_CUDA_ALLOC_CONF"]
 
 
@@ -160,7 +160,8 @@ def test_skipped(): pass
 
 @pytest.mark.parametrize("word", ["two words"])
 def test_bad(word):
-    assert word == "one", "what was seen"
+    if word != "one":
+        pytest.fail("what was seen")
 
 def test_hangs():
     while "hang" in os.environ.get("WHAT", ""):
