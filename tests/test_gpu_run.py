@@ -42,14 +42,7 @@ def drive(tmp_path):
     def driven(*rows, limit=60.0):
         told = json.dumps([ABOUT, str(tmp_path / "out"), limit, str(tmp_path), *rows])
         environment = {**os.environ, "PYTHONPATH": f"{BENCHMARKS}:{ROOT}"}
-        ran = subprocess.run(
-            [sys.executable, "-c", DRIVE, told],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        ran = ended(sys.executable, "-c", DRIVE, told, environment=environment)
         assert ran.stderr == ""
         (file,) = (tmp_path / "out").iterdir()
         return ran, json.loads(file.read_text()), file.name
@@ -69,14 +62,7 @@ def test_without_a_gpu_one_line_says_so_and_nothing_is_written(tmp_path):
     assert ran.stdout == ""
     assert not (tmp_path / "out").exists()
     assert sorted((BENCHMARKS / "results").iterdir()) == before
-    alone = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "gpu.py")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    alone = ended(sys.executable, str(BENCHMARKS / "gpu.py"), environment=environment)
     assert (alone.returncode, alone.stderr, alone.stdout) == (2, first + "\n", "")
 
 

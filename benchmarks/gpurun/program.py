@@ -18,6 +18,9 @@ from gpurun.parts import BENCHMARKS, ROOT, Part, environment
 _TAIL: Final = 60
 """Lines of what a part said that go into the file if it went wrong."""
 
+_ANSWER_SECONDS: Final = 60.0
+"""``cuInit`` takes long where the driver must be woken."""
+
 
 def machine() -> dict[str, Any]:
     """Device, driver, kernel and versions, asked in a child: this process touches no device.
@@ -25,15 +28,18 @@ def machine() -> dict[str, Any]:
     Where there is no GPU, ``device`` is None and ``reason`` says why.
     """
     code = "import json, rig; print(json.dumps(rig.machine()))"
-    ran = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=BENCHMARKS / "probes",
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    try:
+        ran = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=BENCHMARKS / "probes",
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=_ANSWER_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"device": None, "reason": f"the driver did not answer within {_ANSWER_SECONDS:.0f} s"}
     try:
         found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
     except (IndexError, ValueError):
