@@ -465,3 +465,80 @@ def test_a_successor_of_another_device_is_refused(on_gpu, gpu_agent, start_agent
     gpu_agent.process.wait(60)
     with pytest.raises(RuntimeError, match="share memory of cuda:"):
         start_agent("--device", "cpu")
+
+
+def test_a_stream_is_let_go_in_the_fences_of_the_first_of_three_agents(on_gpu, gpu_agent, start_gpu_agent, gates):
+    """The second agent was handed the file in which the stream waits; so is the third, under whom the reader dies."""
+    owner, reader = on_gpu(OWNER.format(kind="fd")), on_gpu(READER)
+    reader.do(f"with policy.read() as lease:\n    gpu.launch(gate({gates('never')!r}))")
+    owner.do("with policy.update():\n    gpu.launch(lambda: weights['w0'].fill_(1))")
+    until_released()
+    for _ in range(2):
+        gpu_agent.kill()
+        gpu_agent.process.wait(60)
+        gpu_agent = start_gpu_agent()
+        owner.do("client.subscribe('policy', timeout=20).close()")
+    assert not owner.do("gpu.idle()")
+    reader.kill()
+    assert owner.do("gpu.drained()")
+
+
+# -- what goes on behind a caller's back ---------------------------------------------------------------------------
+
+
+def test_the_owners_next_stream_comes_after_the_reads_that_its_last_waited_for(on_gpu, gates):
+    owner, reader, slow = on_gpu(OWNER.format(kind="fd")), on_gpu(READER), gates("slow")
+    reader.do(f"""
+with policy.read() as lease:
+    gpu.launch(gate({slow!r}))
+    gpu.launch(lambda tensor=lease['w1']: seen.append(int(tensor[0])))
+""")
+    owner.do("with policy.update():\n    gpu.launch(lambda: weights['w0'].fill_(1))")
+    owner.do("gpu.stream()")
+    owner.do("with policy.update():\n    gpu.launch(lambda: weights['w1'].fill_(1))")
+    assert not owner.do("gpu.drained(0.3)")
+    open_gate(slow)
+    assert owner.do("gpu.drained()")
+    assert reader.do("gpu.drained(), seen") == (True, [0])
+
+
+def test_a_lost_connection_lets_nobody_go(on_gpu, gates):
+    """A client that holds nothing loses its connection; its last reads go on, and are waited for.
+
+    Another client of its process has the memory mapped, so closing the subscription had nothing to wait for.
+    """
+    owner, reader, slow = on_gpu(OWNER.format(kind="fd")), on_gpu(READER), gates("slow")
+    reader.do(f"""
+import socket
+other = TensorBusClient(0)
+kept = other.subscribe("policy")
+with policy.read() as lease:
+    gpu.launch(gate({slow!r}))
+del lease
+policy.close()
+client.connection._channel.sock.shutdown(socket.SHUT_RDWR)
+""")
+    owner.do("with policy.update():\n    gpu.launch(lambda: weights['w0'].fill_(1))")
+    assert not owner.do("gpu.drained(0.3)")
+    open_gate(slow)
+    assert owner.do("gpu.drained()")
+
+
+def test_a_forked_child_leaves_its_parents_lease_alone(on_gpu):
+    on_gpu(OWNER.format(kind="fd"))
+    reader = on_gpu(READER)
+    assert (
+        reader.do("""
+lease = policy.read()
+pid = os.fork()
+if not pid:
+    try:
+        lease.release()
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
+os.waitpid(pid, 0)[1]
+""")
+        == 0
+    )
+    reader.do("lease['w0'].sum().item(); lease.release()")

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import random
 import socket
+import threading
 import time
 from collections.abc import Iterator
 
@@ -20,7 +21,7 @@ from test_cuda import peer
 
 from etha.errors import DriverError, InvalidArgument, InvalidRecord, StreamCapturing, SystemFault, SystemLimit
 from etha.tensor_bus.ipc.cuda import Device
-from etha.tensor_bus.ipc.fence import RELEASED, SLOT_BYTES, Fences, FenceTable
+from etha.tensor_bus.ipc.fence import RELEASED, SLOT_BYTES, SLOTS, Fences, FenceTable
 
 
 @pytest.fixture
@@ -179,7 +180,7 @@ def test_the_device_has_an_address_of_its_own_for_a_slot(driver, device, fences)
     assert fences.reached(5, 3)
 
 
-@pytest.mark.parametrize(("slot", "value"), [(-1, 1), (4096, 1), (0, -1), (0, RELEASED), (0, 2**64)])
+@pytest.mark.parametrize(("slot", "value"), [(-1, 1), (SLOTS, 1), (0, -1), (0, RELEASED), (0, 2**64)])
 def test_what_is_no_slot_or_value_is_refused(slot, value, driver, fences):
     stream = driver.create_stream()
     with pytest.raises(InvalidArgument):
@@ -368,3 +369,56 @@ def test_no_read_on_a_gpu_is_torn(kind):
 @pytest.mark.parametrize("taken_out", ["writer_waits", "reader_waits"])
 def test_without_either_wait_reads_on_a_gpu_are_torn(kind, taken_out):
     assert play_on_gpu(kind, 1_000, **{taken_out: False}) > 0
+
+
+# -- interrupts, and three agents ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("queued", [True, False])
+def test_an_interrupted_number_does_not_come_late(queued, driver, device, fences, table):
+    """Ctrl-C comes between the device's taking of a number and the note of it: the next point is not reached early."""
+    slot, first, second = table.take(), driver.create_stream(), driver.create_stream()
+    gates = [threading.Event(), threading.Event()]
+    write = driver.write_value
+
+    def interrupted(*arguments: int) -> None:
+        if queued:
+            write(*arguments)
+        raise KeyboardInterrupt
+
+    driver.launch(first, gates[0].wait)
+    driver.write_value = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        fences.signal(first, slot)
+    driver.write_value = write
+    driver.launch(second, gates[1].wait)
+    number = fences.signal(second, slot)
+    gates[0].set()
+    assert driver.drain(first)
+    assert not fences.reached(slot, number)
+    gates[1].set()
+    assert driver.drain(second)
+    assert fences.reached(slot, number)
+    assert not fences.reached(slot, number + 1)
+
+
+def test_who_died_under_an_agent_between_is_waited_for_by_nobody_in_the_file_before():
+    first, third = FenceTable(), FenceTable()
+    slots = [first.take() for _ in range(3)]
+    third.inherit(3, [slots[0]])  # the others died under a second agent, which was never handed the first one's file
+    third.adopt(first.fileno())
+    assert [first.reached(slot, 1) for slot in slots] == [False, True, True]
+    assert third.take() == third.given - 1 == 3
+    third.release(slots[0])
+    assert first.reached(slots[0], 1)
+    first.close()
+    third.close()
+
+
+def test_it_is_unmapped_when_the_device_is_done(device, table):
+    made = Fences(device, table.fileno())
+    assert not made.unmapped
+    made.close()
+    assert not made.unmapped
+    device.drain()
+    assert made.unmapped

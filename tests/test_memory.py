@@ -232,7 +232,9 @@ def test_the_end_of_an_opening_that_was_given_up_is_not_taken_for_the_next_ones(
     """A rebinding that timed out is opened all the same, if a thread has begun; what follows it has opened nothing."""
     opened: list[int] = []
     moved: list[int] = []
-    held = Memory(backstage, lambda number, _: opened.append(number), lambda number, _: moved.append(number), print)
+    held = Memory(
+        backstage, lambda: HOST, lambda number, _: opened.append(number), lambda number, _: moved.append(number), print
+    )
     empty = manifest(0)
     go = threading.Event()
     backstage.open_or_close(lambda: go.wait(60), lambda _: None)

@@ -154,8 +154,9 @@ class TensorBusAgent:
             found = recover(reader.everything(), self._registry, self._journal, self._started)
         finally:
             reader.close()
-        for client in self._registry.table.clients.values():
-            self._fencing.keep(client.slot)
+        clients = self._registry.table.clients.values()
+        self._fencing.inherit(self._journal.slots, [client.slot for client in clients])
+        for client in clients:
             client.fenced = not self._fencing.needed
         self._journal.put(AGENT_KEY, self._record(self._started, {}))
         self._journal.commit(self._started)
@@ -307,6 +308,7 @@ class TensorBusAgent:
         if not self._accepting:
             self._accepting = True
             self._board.watch(self._door.fileno())
+        self._service.tend()
         self._backstage.chore(self._sweep, self._reception.cleared)
         counters = {**self._service.counters, "refused connections": self._door.refused}
         self._journal.put(AGENT_KEY, self._record(now, counters))

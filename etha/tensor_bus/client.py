@@ -149,11 +149,10 @@ class TensorBusClient:
         exporter = link.device.backend.export
         link.device.order.require_open()
         export = exporter(tensors)
-        record = Register(
-            name, export.manifest, version, replace, threading.get_native_id(), deadline, link.device.order.mark()
-        )
         publication: Publication | None = None
         try:
+            fence = link.device.order.mark()
+            record = Register(name, export.manifest, version, replace, threading.get_native_id(), deadline, fence)
             link.command(ticket, record, deadline, answered=True, ring=False)
             link.exports[ticket.sequence] = export
             link.send_descriptors(ticket.sequence, export.fds, deadline + clock.grace(timeout))

@@ -53,7 +53,7 @@ class ClientDevice:
         self._order: StreamOrder | None = None
         self._table: SharedFd | None = None
         self._replaced: list[SharedFd] = []
-        self._handed_over: list[SharedFd] = []
+        self._before: list[tuple[SharedFd, Fences]] = []
         self.unheard = False
         self.offer(welcome, fds)
         self.unheard = False
@@ -100,8 +100,8 @@ class ClientDevice:
                 backend = self._of(self._uuid)
                 self._order = StreamOrder(self._map_fences(), self._slot, backend.stream)
             elif self._replaced:
-                self._order.replace(self._map_fences)
-                self._handed_over.extend(self._replaced)
+                before = self._order.replace(self._map_fences)
+                self._before.extend((table, before) for table in self._replaced)
                 self._replaced.clear()
             return self._order
 
@@ -121,12 +121,14 @@ class ClientDevice:
             try:
                 if self._replaced:
                     _ = self.order
-                tell(packets.Fenced(), [fd.fileno() for fd in self._handed_over])
+                tell(packets.Fenced(), [table.fileno() for table, _ in self._before])
             except (StreamCapturing, AgentTimeout, AgentGone):
                 return
             self.unheard = False
-            while self._handed_over:
-                self._handed_over.pop().close()
+            # Those in which a stream may wait still are for the next agent too: it has to let go who waits there.
+            for table, fences in [each for each in self._before if each[1].unmapped]:
+                self._before.remove((table, fences))
+                table.close()
 
     def done(self, deadline: float) -> bool:
         """Whether all points of this client's work that others were told of have been reached, by then."""

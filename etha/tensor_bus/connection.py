@@ -224,6 +224,8 @@ class Connection(Line):
     def _lose_descriptors(self, packet: packets.FromAgent) -> None:
         """The packet came without some of its descriptors: whoever waits for them is told, and no one else."""
         self._mail.close()
+        if isinstance(packet, packets.Welcome):
+            self._lose(self._channel)  # the next one will bring them
         pending = self._pending.get(packet.number) if isinstance(packet, packets.Descriptors) else None
         if pending is not None:
             pending.lost = True

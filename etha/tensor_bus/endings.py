@@ -100,7 +100,10 @@ class Endings:
                     self._closing.setdefault(number, known)  # another thread has ended more than this
 
     def _give_leases_back(self) -> None:
-        while self._leases:
-            number, stream = self._leases[0]
+        for dropped in list(self._leases):
+            number, stream = dropped
             self._release(number, self._connection.device.order.mark(stream))
-            self._leases.popleft()
+            try:
+                self._leases.remove(dropped)
+            except ValueError:
+                continue  # another thread did the same

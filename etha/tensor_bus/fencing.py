@@ -5,6 +5,8 @@ An agent of the host has none: there nothing is ordered by streams. Used by the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from etha.errors import InvalidRecord
 from etha.tensor_bus.ipc.fence import FenceTable
 
@@ -37,10 +39,15 @@ class Fencing:
         """
         return 0 if self._table is None else self._table.take()
 
-    def keep(self, slot: int) -> None:
-        """A predecessor's client has this slot."""
+    @property
+    def given(self) -> int:
+        """How many slots have ever been given out here, by this agent and those before."""
+        return 0 if self._table is None else self._table.given
+
+    def inherit(self, given: int, kept: Iterable[int]) -> None:
+        """Predecessors gave out so many slots; those that are kept are their clients' still."""
         if self._table is not None:
-            self._table.keep(slot)
+            self._table.inherit(given, kept)
 
     def adopt(self, fds: list[int]) -> None:
         """Files of predecessors, in which streams of a client that has come back may wait; neither kept nor closed.

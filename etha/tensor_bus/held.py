@@ -6,11 +6,13 @@ never touches the bytes: an owner that shrinks its memory cannot end it with SIG
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from etha.errors import EthaError
 from etha.tensor_bus import wire
 from etha.tensor_bus.ipc.backend import Backend
 from etha.tensor_bus.ipc.manifest import Manifest
@@ -41,6 +43,7 @@ class Held:
     gated: bool = False
     follows: int = 0
     moves: int = 0
+    _touched: bool = False
 
     @property
     def missing(self) -> int:
@@ -79,24 +82,29 @@ class Held:
         try:
             for allocation, fds in by_allocation(self.manifest, self.fds):
                 self.mappings.append(TABLE.open(allocation, fds, backend()))
+                self._touched = True
         except BaseException:
             self._unmap()
+            if self._touched:
+                with contextlib.suppress(EthaError):  # `close`, which follows, asks again
+                    backend().settle()
             raise
 
     def close(self, backend: Callable[[], Backend] | None = None) -> None:
-        """Unmap what is mapped, and close the descriptors.
+        """Unmap what is mapped, and close the descriptors; may be called again where it raised.
 
         Args:
             backend: of what was mapped, to be asked to unmap it; None if nothing was.
 
         Raises:
-            DriverError: the device keeps what it does not give back; it is asked again with the next that is closed.
+            DriverError: the device has not given it back: it is mapped still.
         """
-        mapped = bool(self.mappings)
         self._unmap()
-        wire.close_all(fd for fd in self.fds if fd >= 0)
-        if mapped and backend is not None:
+        fds, self.fds = self.fds, []
+        wire.close_all(fd for fd in fds if fd >= 0)
+        if self._touched and backend is not None:
             backend().settle()
+            self._touched = False
 
     def _unmap(self) -> None:
         while self.mappings:

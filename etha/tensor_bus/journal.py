@@ -87,6 +87,7 @@ class Journal:
         self._changes: dict[bytes, msgspec.Struct | None] = {}
         self._recorded: dict[int, tuple[ClaimId, int]] = {}
         self._newest = 0
+        self.slots = 0
         self._reserved: dict[ClaimId, int] = {}
         self._reserved_bytes = 0
         self._halted = False
@@ -96,6 +97,12 @@ class Journal:
     def served(self, client: bytes, sequence: int) -> None:
         """The client's commands up to ``sequence`` have had their effect."""
         self._changes[served_key(client)] = ServedRecord(sequence)
+
+    def slots_given(self, slots: int) -> None:
+        """So many fence slots have been given out."""
+        if slots > self.slots:
+            self.slots = slots
+            self._changes[GENERATION_KEY] = GenerationRecord(self._newest, slots)
 
     def outcome(self, client: bytes, sequence: int, record: OutcomeRecord) -> None:
         """What became of a command."""
@@ -117,6 +124,7 @@ class Journal:
         outcomes: dict[bytes, dict[int, OutcomeRecord]],
         manifests: Iterable[tuple[Publication, int]],
         newest: int,
+        slots: int = 0,
     ) -> None:
         """Go on where a predecessor has ended: what it recorded stands in the state already.
 
@@ -125,10 +133,11 @@ class Journal:
             outcomes: client to sequence to outcome, each in order.
             manifests: publications that are recorded, each with the bytes of its record.
             newest: the newest generation.
+            slots: that were given out.
         """
         self._chronicle.inherit(records.items())
         self._outcomes = outcomes
-        self._newest = newest
+        self._newest, self.slots = newest, slots
         for publication, size in manifests:
             self._recorded[publication.generation] = (publication.brought_by, publication.layout)
             self._reserved[publication.brought_by] = size
@@ -246,7 +255,7 @@ class Journal:
             )
             if generation > self._newest:
                 self._newest = generation
-                self._changes[GENERATION_KEY] = GenerationRecord(generation)
+                self._changes[GENERATION_KEY] = GenerationRecord(generation, self.slots)
         self._changes[version_key(generation)] = _version_record(publication, now)
 
     def _free(self, claim: ClaimId) -> None:

@@ -159,7 +159,7 @@ class Lease(Mapping[str, "torch.Tensor"]):
 
     def release(self) -> None:
         """Give the version back. A second time does nothing."""
-        if self._held:
+        if self._held and not self._link.connection.forked:
             # Before it is forgotten here: an interrupt in between lets it be told again.
             self._link.release(self._number, self._link.device.order.mark(self._stream))
             self._held = False

@@ -244,7 +244,11 @@ class Link:
             self.connection.drain()
             self._release_pins()
         for link in list(_lingering):
-            link.endings.settle()
+            try:
+                link.endings.settle()
+            except EthaError as error:
+                logger.debug("a client that was closed cannot settle yet: %s", error)
+                continue  # it is tried again with the next call, which is another client's, as this one
             if not link.endings and link.device.done(0.0):
                 _lingering.discard(link)
                 link._finish()

@@ -132,6 +132,7 @@ class Memory:
         self._closed = closed
         self._held: dict[int, Held] = {}
         self._announced: dict[tuple[bytes, int], Held] = {}
+        self._refused: list[tuple[Held, Callable[[], None]]] = []
 
     def announce(self, client: bytes, sequence: int, manifest: Manifest) -> None:
         """A registration has come; its descriptors may arrive now, though its name may not be free yet.
@@ -327,9 +328,22 @@ class Memory:
             self._opened(generation, error)
 
     def _close_aside(self, held: Held, then: Callable[[], None] = lambda: None) -> None:
-        """Off the loop; a device that refuses keeps what it refuses to give back, and is asked again the next time."""
+        """Off the loop. While a device does not give it back it is not closed: its owner must keep it in place."""
         job = partial(held.close, self._backend)
-        self._backstage.open_or_close(job, lambda _: then())
+        self._backstage.open_or_close(job, lambda error: self._was_closed(held, then, error))
+
+    def _was_closed(self, held: Held, then: Callable[[], None], error: EthaError | None) -> None:
+        if error is None:
+            then()
+            return
+        logger.warning("the agent cannot give memory back, and will try again: %s", error)
+        self._refused.append((held, then))
+
+    def close_again(self) -> None:
+        """Ask a device again for what it did not give back."""
+        refused, self._refused = self._refused, []
+        for held, then in refused:
+            self._close_aside(held, then)
 
 
 def _free_descriptors() -> int:

@@ -178,6 +178,7 @@ class _Recovery:
             _require(len(key) == _KEY_BYTES[type(record)], f"a {type(record).__name__} under a key of {len(key)} bytes")
             self._kinds[type(record)][key] = record
         self._newest = max((each.newest for each in self._kinds[GenerationRecord].values()), default=0)
+        self._slots = max((each.slots for each in self._kinds[GenerationRecord].values()), default=0)
         _require(0 <= self._newest < _NUMBER_LIMIT, f"a newest generation of {self._newest}")
         self._sizes: list[tuple[Publication, int]] = []
         self._dead: dict[bytes, ClientRecord] = {}
@@ -195,7 +196,7 @@ class _Recovery:
         outcomes: dict[bytes, dict[int, OutcomeRecord]] = {}
         for key, outcome in self._kinds[OutcomeRecord].items():
             outcomes.setdefault(key_client(key), {})[key_number(key)] = outcome
-        self._journal.inherit(self._records, outcomes, self._sizes, self._newest)
+        self._journal.inherit(self._records, outcomes, self._sizes, self._newest, self._slots)
         self._registry.generations = itertools.count(self._newest + 1)
         return found
 

@@ -235,7 +235,8 @@ class Registry(Settling):
         publication.fence = fence
         publication.guarded = update != 0
         if update:
-            publication.after.clear()  # this update's work comes after theirs, and what comes after this, too
+            # This update's work comes after theirs; the next one's, which another stream may do, after this one's.
+            publication.after = {client: fence} if fence else {}
         self._end_update(publication)
         if publication.phase is Phase.CLOSING:
             publication.rest = Phase.READY

@@ -76,6 +76,7 @@ class Service:
         """A session has been given its client id; it is told once that is on record, so that a successor knows it."""
         self._newcomers.append((session, welcome))
         self._sessions[session.client] = session
+        self._journal.slots_given(self.fencing.given)
         peer = session.peer
         self.registry.client_joined(session.client, peer.pid, peer.label, now, peer.started, welcome.slot)
 
@@ -116,9 +117,10 @@ class Service:
         self.registry.client_orphaned(session.client, now)
 
     def holds(self, session: Session, now: float) -> bool:
-        """Whether it holds, waits for or owns anything."""
+        """Whether it holds, waits for or owns anything, or may have work for which others' streams wait: that there is
+        none, only its goodbye says."""
         self.serve(session, now)
-        return self.registry.table.clients[session.client].busy
+        return self.fencing.needed or self.registry.table.clients[session.client].busy
 
     def left(self, session: Session, now: float) -> None:
         """It said goodbye."""
@@ -140,6 +142,10 @@ class Service:
     def let_go(self, client: bytes) -> None:
         """The client's process is dead, or it has waited for its own work: no stream waits for it any more."""
         self.fencing.release(self.registry.table.clients[client].slot)
+
+    def tend(self) -> None:
+        """Once a second: what could not be done, and has to be."""
+        self._memory.close_again()
 
     @property
     def clients(self) -> set[bytes]:

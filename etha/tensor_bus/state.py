@@ -80,9 +80,16 @@ class ClientRecord(msgspec.Struct, frozen=True, array_like=True):
 
 
 class GenerationRecord(msgspec.Struct, frozen=True, array_like=True):
-    """The newest generation: a successor gives larger numbers only, so that no handle is ever mistaken for another."""
+    """The newest generation: a successor gives larger numbers only, so that no handle is ever mistaken for another.
+
+    Attributes:
+        newest: generation.
+        slots: so many fence slots have been given out; a successor gives out others, for in files of its predecessors
+            streams may wait for those.
+    """
 
     newest: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+    slots: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)] = 0
 
 
 class ServedRecord(msgspec.Struct, frozen=True, array_like=True):

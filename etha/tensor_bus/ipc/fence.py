@@ -25,13 +25,14 @@ import fcntl
 import mmap
 import os
 import threading
+from collections.abc import Iterable
 from functools import partial
 from typing import Final
 
-from etha.errors import DriverError, InvalidArgument, InvalidRecord, StreamCapturing, SystemLimit
+from etha.errors import DriverError, InvalidArgument, InvalidRecord, StreamCapturing, SystemFault, SystemLimit
 from etha.tensor_bus.ipc import libc
 from etha.tensor_bus.ipc.cuda import Device
-from etha.tensor_bus.ipc.driver import CAN_USE_64_BIT_STREAM_MEM_OPS
+from etha.tensor_bus.ipc.driver import CAN_USE_64_BIT_STREAM_MEM_OPS, Driver
 from etha.tensor_bus.ipc.undo import Undo
 
 RELEASED: Final = 2**62
@@ -69,6 +70,7 @@ class FenceTable:
         size = -(-slots * SLOT_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
         self._next = 0
         self._kept: set[int] = set()
+        self._inherited = 0
         self._released: set[int] = set()
         self._slots = size // SLOT_BYTES
         self._maps: dict[tuple[int, int], tuple[int, int]] = {}
@@ -94,20 +96,24 @@ class FenceTable:
         Raises:
             SystemLimit: all have been given out.
         """
-        while self._next in self._kept:
-            self._next += 1
         if self._next >= self._slots:
             raise SystemLimit(
                 f"all {self._slots} fence slots have been given out.",
                 resource="fence slots",
-                remedy="Restart the agent: workers keep their memory, and the slots of those that are gone are free.",
+                remedy="End its workers, then restart the agent: the first of a path gives them out anew.",
             )
         self._next += 1
         return self._next - 1
 
-    def keep(self, slot: int) -> None:
-        """A client of a predecessor's has this slot. To be called before any `take`."""
-        self._kept.add(slot)
+    @property
+    def given(self) -> int:
+        """How many slots have been given out, those of predecessors included."""
+        return self._next
+
+    def inherit(self, given: int, kept: Iterable[int]) -> None:
+        """Predecessors gave out so many slots; clients with those that are kept have not gone. Before any `take`."""
+        self._kept.update(kept)
+        self._inherited = self._next = max(given, *(slot + 1 for slot in self._kept), 0)
 
     def adopt(self, fd: int) -> None:
         """A worker hands over the file of a predecessor's, in which streams may still wait; neither kept nor closed.
@@ -123,8 +129,11 @@ class FenceTable:
         if len(self._maps) >= _MAX_TABLES or size > self._slots * SLOT_BYTES:
             raise InvalidRecord("These fences are of none of the agents that were here.", resource="fences")
         address = self._map(fd, size)
-        for slot in self._released:
-            _word(address, slot, size // SLOT_BYTES).value = RELEASED
+        # Of who died under an agent that was not handed this file, only that its slot was given out is known.
+        gone = self._released.union(range(self._inherited)) - (self._kept - self._released)
+        for slot in gone:
+            if slot < size // SLOT_BYTES:
+                _word(address, slot, size // SLOT_BYTES).value = RELEASED
 
     def release(self, slot: int) -> None:
         """Let go whoever waits for this slot, now and for ever. For a process that is dead, no other."""
@@ -187,6 +196,7 @@ class Fences:
         self._slots = size // SLOT_BYTES
         self._lock = threading.Lock()
         self._last: dict[int, tuple[int, int]] = {}
+        self._begun: dict[int, tuple[int, int]] = {}
         self._undo = Undo()
         self._open = True
         self._host = libc.map_shared(fd, size, writable=True)
@@ -220,12 +230,30 @@ class Fences:
         self._check(stream, slot)
         address = self._at + slot * SLOT_BYTES
         with self._lock, self._device.current() as driver:
+            self._complete(driver, slot, address)
             last, where = self._last.get(slot, (0, stream))
             if where != stream:
                 driver.wait_value(stream, address, last)
-            driver.write_value(stream, address, last + 1)
-            self._last[slot] = (last + 1, stream)
+            self._write(driver, slot, address, last + 1, stream)
         return last + 1
+
+    def _write(self, driver: Driver, slot: int, address: int, number: int, stream: int) -> None:
+        self._begun[slot] = (number, stream)
+        try:
+            driver.write_value(stream, address, number)
+        except SystemFault:
+            del self._begun[slot]
+            raise
+        self._last[slot] = self._begun.pop(slot)
+
+    def _complete(self, driver: Driver, slot: int, address: int) -> None:
+        """An interrupt may have left a number of which nobody knows whether it was queued. It is queued (again), or the
+        next one could be reached, or be followed by a smaller one, too early."""
+        if slot in self._begun:
+            number, stream = self._begun[slot]
+            if driver.is_capturing(stream):
+                raise _capturing(stream)
+            self._write(driver, slot, address, number, stream)
 
     def wait(self, stream: int, slot: int, value: int) -> None:
         """Queue a wait: what the stream is given from now on runs after ``slot`` has reached ``value``.
@@ -259,7 +287,12 @@ class Fences:
 
     def streams(self) -> list[int]:
         """The streams that were given the newest numbers."""
-        return [stream for _, stream in list(self._last.values())]
+        return [stream for _, stream in {**self._last, **self._begun}.values()]
+
+    @property
+    def unmapped(self) -> bool:
+        """Whether it was closed, and no stream needs it any more."""
+        return not self._open and self._undo.done
 
     def carry_on(self, before: Fences) -> None:
         """Go on with the numbers of a predecessor's file, behind all that was queued for that. Before any `signal`.
@@ -268,9 +301,8 @@ class Fences:
             DriverError: the driver refuses; it may be called again.
         """
         with self._lock, self._device.current():
-            for slot, (number, stream) in list(before._last.items()):
-                self._device.driver.write_value(stream, self._at + slot * SLOT_BYTES, number)
-                self._last[slot] = (number, stream)
+            for slot, (number, stream) in {**before._last, **before._begun}.items():
+                self._write(self._device.driver, slot, self._at + slot * SLOT_BYTES, number, stream)
 
     def close(self) -> None:
         """Unregister and unmap at the next `Device.drain`, when no stream needs it any more; idempotent."""
@@ -288,11 +320,15 @@ class Fences:
     def require_open(self, stream: int) -> None:
         """Raise `StreamCapturing` while the stream is being captured."""
         if self._device.driver.is_capturing(stream):
-            raise StreamCapturing(
-                "The stream is being captured into a CUDA graph.",
-                resource=str(stream),
-                remedy="Take and release leases, and publish, outside of the capture.",
-            )
+            raise _capturing(stream)
+
+
+def _capturing(stream: int) -> StreamCapturing:
+    return StreamCapturing(
+        "The stream is being captured into a CUDA graph.",
+        resource=str(stream),
+        remedy="Take and release leases, and publish, outside of the capture.",
+    )
 
 
 def _word(address: int, slot: int, slots: int) -> ctypes.c_uint64:

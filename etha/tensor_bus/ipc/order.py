@@ -98,8 +98,9 @@ class StreamOrder:
         """See `Fences.require_open`."""
         self.fences.require_open(self.stream())
 
-    def replace(self, make: Callable[[], Fences]) -> None:
-        """Go on in a successor's fences; those before are closed once nothing that was queued needs them.
+    def replace(self, make: Callable[[], Fences]) -> Fences:
+        """Go on in a successor's fences; those before, which it returns, are closed once nothing that was queued needs
+        them.
 
         Raises:
             StreamCapturing: a stream on which a point was marked is being captured. Nothing has changed.
@@ -116,6 +117,7 @@ class StreamOrder:
                 raise
             self.fences, before = fences, self.fences
         before.close()
+        return before
 
     def mark(self, *streams: int) -> int:
         """See `Fences.signal`: each stream's number waits for the one before."""

@@ -21,6 +21,11 @@ class Undo:
         """Add a step, to be taken before those that are there."""
         self._steps.append(step)
 
+    @property
+    def done(self) -> bool:
+        """Whether no step is left."""
+        return not self._steps
+
     def run(self) -> None:
         """Take what steps are left; one that raises stays, and `run` can be called again."""
         while self._steps:
