@@ -60,7 +60,7 @@ FROM_AGENT = (
     packets.Welcome(CLIENT, 99, 7),
     packets.Welcome(CLIENT, 99, 7, 12),
     packets.Leased(1, 2, 3, True, 1),
-    packets.Leased(1, 2, 3, True, 1, 12, 7),
+    packets.Leased(1, 2, 3, True, 1, 12, 7, False),
     packets.MayWrite(1, 9, 1),
     packets.MayWrite(1, 9, 1, ((12, 7), (13, 1))),
     packets.Imported(1, 2, 3, 1),

@@ -236,7 +236,7 @@ def test_the_order_is_lost_without_either_side(without, on_gpu, gates):
     sabotaged = reader if without == "follow" else owner
     sabotaged.do(f"""
 from etha.tensor_bus.ipc.order import StreamOrder
-StreamOrder.{without} = lambda self, *numbers: 0
+StreamOrder.{without} = lambda self, *numbers, **options: 0
 """)
     owner.do(f"""
 with policy.update():
@@ -410,6 +410,27 @@ gpu.drained(), seen
 """) == (True, [1])
     newcomer = on_gpu(READER)
     assert newcomer.do("policy.read()['w0'][0].item()") == 1
+
+
+def test_a_version_that_was_whole_before_the_restart_is_not_waited_for(on_gpu, gpu_agent, start_gpu_agent, gates):
+    """Its owner has not come back to the agent that follows, nor to the next."""
+    owner, reader = on_gpu(OWNER.format(kind="fd")), on_gpu(READER)
+    owner.do("with policy.update():\n    gpu.launch(lambda: weights['w0'].fill_(1))\ngpu.drained()")
+    assert reader.do("with policy.read(min_version=1) as lease: seen = lease.version\nseen") == 1
+    agent = gpu_agent
+    for _ in range(2):
+        until_released()
+        agent.kill()
+        agent.process.wait(60)
+        agent = start_gpu_agent()
+        assert reader.do("""
+seen = []
+with policy.read(timeout=20) as lease:
+    gpu.launch(lambda tensor=lease['w0']: seen.append(int(tensor[0])))
+gpu.drained(), seen
+""") == (True, [1])
+    owner.do("with policy.update(timeout=20):\n    gpu.launch(lambda: weights['w0'].fill_(2))\ngpu.drained()")
+    assert reader.do("with policy.read(min_version=2) as lease: seen = int(lease['w0'][0])\nseen") == 2
 
 
 @pytest.mark.parametrize("idle", [True, False])

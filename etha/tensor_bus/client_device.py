@@ -135,6 +135,19 @@ class ClientDevice:
         order = self._order
         return order is None or wait_until_reached(order, order.newest, deadline, clock.now)
 
+    def close(self) -> None:
+        """The client is closed: its fences are unmapped once no stream needs them, and no point is marked any more."""
+        with self._making:
+            order, self._order = self._order, None
+            if order is not None:
+                order.close()
+            table, self._table = self._table, None
+            for each in (table, *self._replaced, *(table for table, _ in self._before)):
+                if each is not None:
+                    each.close()
+            self._replaced.clear()
+            self._before.clear()
+
     def settle(self) -> bool:
         """Unmap what was closed; whether nothing is left that is mapped still.
 

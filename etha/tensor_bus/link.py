@@ -324,6 +324,7 @@ class Link:
             self._pinned.clear()
             self.queue.close()
             self.state.close()
+            self.device.close()
 
     def _leave_word(self) -> None:
         """There is no agent to say goodbye to: its successor finds it in the queue, behind what else stands there."""

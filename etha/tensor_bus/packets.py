@@ -206,6 +206,8 @@ class Leased(msgspec.Struct, frozen=True, array_like=True, tag=33):
         guarded: False when the version was published without excluding readers.
         layout: which manifest it is read by; a reader that has another one mapped subscribes again.
         slot, fence: the point of the owner's work behind which the version is whole; ``fence`` 0: it is.
+        fenced: False: the owner has not come back to this agent, so that point is to be found in the fences of the one
+            that it talked with last.
     """
 
     number: int
@@ -215,6 +217,7 @@ class Leased(msgspec.Struct, frozen=True, array_like=True, tag=33):
     layout: int
     slot: int = 0
     fence: int = 0
+    fenced: bool = True
 
 
 class MayWrite(msgspec.Struct, frozen=True, array_like=True, tag=34):

@@ -283,9 +283,11 @@ class Service:
             self.counters["leases"] += 1
             layout = publication.layout
             owner = self.registry.table.clients.get(publication.owner)
-            slot, fence = (owner.slot, publication.fence) if owner is not None else (0, 0)
+            slot, fence, fenced = (owner.slot, publication.fence, owner.fenced) if owner is not None else (0, 0, True)
             session.send(
-                packets.Leased(claim.number, claim.version or 0, claim.writes, claim.guarded, layout, slot, fence)
+                packets.Leased(
+                    claim.number, claim.version or 0, claim.writes, claim.guarded, layout, slot, fence, fenced
+                )
             )
         elif isinstance(claim, Update):
             clients = self.registry.table.clients

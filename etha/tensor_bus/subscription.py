@@ -139,7 +139,7 @@ class Subscription:
             tensors = self._mapped.at(reply.layout)
             lease._hold(reply, self._map_again(asked) if tensors is None else tensors)
             if reply.fence:
-                link.device.order.follow(reply.slot, reply.fence)
+                link.device.order.follow(reply.slot, reply.fence, fenced=reply.fenced)
             if self._closed:  # by another thread, meanwhile: it may have taken the tensors away already
                 self._require_open()
             self._seen = max(self._seen, reply.version)

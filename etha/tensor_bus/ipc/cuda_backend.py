@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -77,9 +78,10 @@ class CudaBackend:
         return self.device.retired == 0
 
     def stream(self) -> int:
-        """The driver's number of torch's current stream in this thread."""
-        import torch
-
+        """The driver's number of torch's current stream in this thread; the default one where there is no torch."""
+        torch = sys.modules.get("torch")
+        if torch is None:
+            return 0
         return int(torch.cuda.current_stream(self.device.ordinal).cuda_stream)
 
     def _torch_device(self) -> str:

@@ -277,9 +277,13 @@ class Fences:
             with self._device.current() as driver:
                 driver.wait_value(stream, self._at + slot * SLOT_BYTES, value)
 
+    def value(self, slot: int) -> int:
+        """What a slot has reached, as the host sees it now."""
+        return int(_word(self._host, slot, self._slots).value)
+
     def reached(self, slot: int, value: int) -> bool:
         """Whether a slot has reached a value, as the host sees it now."""
-        return int(_word(self._host, slot, self._slots).value) >= value
+        return self.value(slot) >= value
 
     def released(self, slot: int) -> bool:
         """Whether the agent has let go those who wait for this slot, its process being dead."""

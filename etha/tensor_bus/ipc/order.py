@@ -15,6 +15,9 @@ from typing import Final, Protocol
 
 from etha.tensor_bus.ipc.fence import Fences
 
+_FENCES_KEPT: Final = 4
+"""Of agents before this one, for clients that have been idle since."""
+
 _FIRST_LOOK: Final = 20e-6
 _LONGEST_PAUSE: Final = 1e-3
 
@@ -32,8 +35,9 @@ class Order(Protocol):
         """Mark the point behind all that ``streams``, and then this thread's own, have been given; 0 if it is reached
         already."""
 
-    def follow(self, slot: int, number: int) -> None:
-        """What this thread does from now on comes after the point ``number`` of the client with that slot."""
+    def follow(self, slot: int, number: int, *, fenced: bool = True) -> None:
+        """What this thread does from now on comes after the point ``number`` of the client with that slot; not
+        ``fenced``: one that was marked under an agent before this one."""
 
     def reached(self, number: int) -> bool:
         """Whether a point of this client's own has been reached."""
@@ -56,7 +60,7 @@ class HostOrder:
         """Reached already."""
         return 0
 
-    def follow(self, slot: int, number: int) -> None:
+    def follow(self, slot: int, number: int, *, fenced: bool = True) -> None:
         """Everything that was told of is done."""
 
     def reached(self, number: int) -> bool:
@@ -92,6 +96,7 @@ class StreamOrder:
         self.slot = slot
         self.stream = stream
         self.newest = 0
+        self._before: list[Fences] = []
         self._lock = threading.Lock()
 
     def require_open(self) -> None:
@@ -99,8 +104,7 @@ class StreamOrder:
         self.fences.require_open(self.stream())
 
     def replace(self, make: Callable[[], Fences]) -> Fences:
-        """Go on in a successor's fences; those before, which it returns, are closed once nothing that was queued needs
-        them.
+        """Go on in a successor's fences. Returns those before, in which other clients' points are looked for on.
 
         Raises:
             StreamCapturing: a stream on which a point was marked is being captured. Nothing has changed.
@@ -116,8 +120,17 @@ class StreamOrder:
                 fences.close()
                 raise
             self.fences, before = fences, self.fences
-        before.close()
+            self._before.insert(0, before)
+            while len(self._before) > _FENCES_KEPT:
+                self._before.pop().close()
         return before
+
+    def close(self) -> None:
+        """Nothing is marked or followed any more."""
+        with self._lock:
+            for fences in (self.fences, *self._before):
+                fences.close()
+            self._before.clear()
 
     def mark(self, *streams: int) -> int:
         """See `Fences.signal`: each stream's number waits for the one before."""
@@ -129,10 +142,12 @@ class StreamOrder:
             self.newest = self.fences.signal(current, self.slot)
             return self.newest
 
-    def follow(self, slot: int, number: int) -> None:
-        """See `Fences.wait`."""
+    def follow(self, slot: int, number: int, *, fenced: bool = True) -> None:
+        """See `Fences.wait`. A client that has not come back to this agent marked its points in the fences of the last
+        that it talked with: those in which its slot stands highest."""
         with self._lock:
-            self.fences.wait(self.stream(), slot, number)
+            here = self.fences if fenced else max(self._before, key=lambda each: each.value(slot), default=self.fences)
+            here.wait(self.stream(), slot, number)
 
     def reached(self, number: int) -> bool:
         """As the host sees it now."""
