@@ -29,7 +29,7 @@ COMMANDS = (
     commands.Register("policy", MANIFEST, 3, True, 77, 1234.5),
     commands.Publish(1, 2, 3),
     commands.Publish(1, 2, 3, 7),
-    commands.Abandon(1, 3),
+    commands.Abandon(1, 3, 7),
     commands.Rebind(1, 3, MANIFEST, 77, 1234.5),
     commands.Suspend(1, 3, 77, 1234.5),
     commands.Release(3),

@@ -306,6 +306,41 @@ gc.collect()
     assert owner.do("gpu.drained()")
 
 
+def test_an_update_comes_after_one_that_was_torn(on_gpu, gates):
+    """The torn one's kernel is still running on another stream when the next begins."""
+    owner, slow = on_gpu(OWNER.format(kind="fd")), gates("slow")
+    owner.do(f"""
+try:
+    with policy.update():
+        gpu.launch(gate({slow!r}))
+        gpu.launch(lambda: weights['w0'].fill_(1))
+        raise ZeroDivisionError
+except ZeroDivisionError:
+    torn = gpu._stream
+gpu.stream()
+with policy.update():
+    gpu.launch(lambda: weights['w0'].fill_(2))
+""")
+    assert not owner.do("gpu.idle()")
+    open_gate(slow)
+    assert owner.do("gpu.drained(), gpu.driver.drain(torn), int(weights['w0'][0])") == (True, True, 2)
+
+
+def test_no_call_waits_for_a_stream_that_waits_for_another_process(on_gpu, gates):
+    """What was closed stays mapped meanwhile."""
+    owner, reader = on_gpu(OWNER.format(kind="fd")), on_gpu(READER)
+    reader.do("again = client.subscribe('policy')")
+    owner.do(f"with policy.update():\n    gpu.launch(gate({gates('slow')!r}))")
+    reader.do("lease = policy.read(min_version=1)\ngpu.launch(lambda: seen.append(1))\nagain.close(); policy.close()")
+    assert reader.do("lease.version, gpu.idle(), client.subscribe('policy', timeout=20).generation > 0") == (
+        1,
+        False,
+        True,
+    )
+    open_gate(gates("slow"))
+    assert reader.do("gpu.drained(), seen") == (True, [1])
+
+
 # -- death -------------------------------------------------------------------------------------------------------
 
 

@@ -62,10 +62,12 @@ class Abandon(msgspec.Struct, frozen=True, array_like=True, tag="abandon"):
     Attributes:
         generation: the publication.
         update: number of the update that this ends.
+        fence: the point of the owner's work behind which it writes no more of it; 0: it does not.
     """
 
     generation: int
     update: int
+    fence: int = 0
 
 
 class Rebind(msgspec.Struct, frozen=True, array_like=True, tag="rebind"):

@@ -61,7 +61,8 @@ class Orders:
                 record = OutcomeRecord(command.generation, Failure.of(error))
                 self.refused.append((session, sequence, record))
         elif isinstance(command, commands.Abandon):
-            registry.abandon(client, command.generation, command.update, now)
+            fence = require_fence(command.fence)
+            registry.abandon(client, command.generation, command.update, now, fence)
         elif isinstance(command, commands.Register):
             require_name(command.name)
             require_in_time(f'the registration of "{command.name}"', command.name, command.deadline, now)

@@ -63,7 +63,7 @@ class Publication:
         self._closed = False
         self._writing = 0
         self._writer = 0
-        self._torn: list[int] = []
+        self._torn: list[tuple[int, int]] = []
         self._unguarded = 0
         self._lock = threading.Lock()
 
@@ -304,11 +304,11 @@ class Publication:
     def _tell_torn(self, deadline: float) -> None:
         """Tell the agent of updates that ended half-way; what cannot be said now, the next call says."""
         while self._torn and self._link.connection.usable:
-            number = self._torn[0]
-            self._link.command(Ticket(), Abandon(self.generation, number), deadline, answered=False)
+            torn = number, fence = self._torn[0]
+            self._link.command(Ticket(), Abandon(self.generation, number, fence), deadline, answered=False)
             self._link.connection.claims.discard(number)
-            if number in self._torn:
-                self._torn.remove(number)
+            if torn in self._torn:
+                self._torn.remove(torn)
 
     def _require_open(self) -> None:
         if self._closed:

@@ -244,8 +244,8 @@ class Registry(Settling):
         else:
             self._move(publication, Event.PUBLISH, now)
 
-    def abandon(self, client: bytes, generation: int, update: int, now: float) -> None:
-        """An update ended half-way: what the tensors hold is no version.
+    def abandon(self, client: bytes, generation: int, update: int, now: float, fence: int = 0) -> None:
+        """An update ended half-way: what the tensors hold is no version. The next one's work comes after ``fence``.
 
         Raises:
             EthaError: the publication is not the client's.
@@ -253,6 +253,8 @@ class Registry(Settling):
         publication = owned(self.publications, self.table, client, generation)
         if publication.update is not None and publication.update.number == update:
             self._end_update(publication)
+            if fence:
+                publication.after[client] = fence
             self._move(publication, Event.ABANDON, now)
 
     def claim(self, claim: Lease | Update | Closing, now: float) -> None:

@@ -91,14 +91,14 @@ class Update:
             return
         if error is not None:
             try:
-                self.abandon(self._publication._link.patience)
+                self.abandon(self._publication._link.patience, self._mark())
             except EthaError:
                 pass  # the body's exception is the one that matters; what could not be said, the next call says
             return
         try:
             self._publish()
         except BaseException:
-            self.abandon(0.0)
+            self.abandon(0.0, self._mark())
             raise
 
     def __del__(self) -> None:
@@ -121,10 +121,17 @@ class Update:
             publication._link.connection.claims.discard(self._number)  # only now: the queue says how it has ended
             self._done()
 
-    def abandon(self, patience: float) -> None:
+    def _mark(self) -> int:
+        """The end of what was queued; 0 where the device cannot say, because of a capture or a lost context."""
+        try:
+            return self._publication._link.device.order.mark()
+        except EthaError:
+            return 0
+
+    def abandon(self, patience: float, fence: int = 0) -> None:
         """It ended half-way: the publication is torn."""
         publication = self._publication
-        publication._torn.append(self._number)
+        publication._torn.append((self._number, fence))
         self._done()
         publication._tell_torn(clock.now() + patience)
 

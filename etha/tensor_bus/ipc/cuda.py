@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from etha.errors import InvalidArgument, InvalidRecord, StaleHandle, SystemFault
 from etha.tensor_bus.ipc.allocations import (
@@ -55,6 +55,13 @@ class Origin:
     def __init__(self, address: int, keeper: object) -> None:
         self.address = address
         self.keeper = keeper
+
+
+class Holder(Protocol):
+    """Where streams wait for other processes."""
+
+    def holds_a_stream(self) -> bool:
+        """Whether one may wait there now."""
 
 
 class Device:
@@ -93,6 +100,7 @@ class Device:
         self._pid = os.getpid()
         self._retired: deque[Undo] = deque()
         self._unsettled: set[Undo] = set()
+        self._fences: weakref.WeakSet[Holder] = weakref.WeakSet()
         self._origins: dict[Allocation, weakref.WeakSet[Origin]] = {}
         self._context = driver.retain_context(self.ordinal)
         self._held = True
@@ -116,6 +124,10 @@ class Device:
     def origin(self, allocation: Allocation) -> Origin | None:
         """Where an allocation lies if this process exported it."""
         return next(iter(self._origins.get(allocation, ())), None)
+
+    def add_fences(self, fences: Holder) -> None:
+        """Streams of the device may wait in these; `drain` does not wait for such a stream."""
+        self._fences.add(fences)
 
     # -- what is to be undone -------------------------------------------------------------------------------------
 
@@ -145,7 +157,8 @@ class Device:
         return len(self._unsettled) if self._pid == os.getpid() else 0
 
     def drain(self, stream: int = 0) -> int:
-        """Unmap what was closed, after all work of the context. Waits for the device, unless nothing was closed.
+        """Unmap what was closed, after all work of the context. Waits for the device, unless nothing was closed, or a
+        stream waits for another process: nothing is unmapped then, for that may have died under an agent that has too.
 
         Args:
             stream: the caller's; while it is being captured nothing is done, as waiting would spoil the capture.
@@ -157,6 +170,8 @@ class Device:
             DriverError: of the first that could not be undone, after all were tried; it is tried again next time.
         """
         if not self._retired or self._pid != os.getpid() or self.driver.is_capturing(stream):
+            return 0
+        if any(fences.holds_a_stream() for fences in list(self._fences)):
             return 0
         batch: list[Undo] = []
         # Taken one by one: another thread may be draining too, and what comes meanwhile has not been waited for.

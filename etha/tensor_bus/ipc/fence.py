@@ -118,15 +118,17 @@ class FenceTable:
     def adopt(self, fd: int) -> None:
         """A worker hands over the file of a predecessor's, in which streams may still wait; neither kept nor closed.
 
+        Of too many files, which no honest workers have, the last are left out: who waits there is not let go.
+
         Raises:
-            InvalidRecord: it is no such file, or the last of more of them than there can have been predecessors.
+            InvalidRecord: it is no such file.
             SystemLimit: no mapping is left.
         """
         size = _checked_size(fd)
         found = os.fstat(fd)
-        if (found.st_dev, found.st_ino) in self._maps:
+        if (found.st_dev, found.st_ino) in self._maps or len(self._maps) >= _MAX_TABLES:
             return
-        if len(self._maps) >= _MAX_TABLES or size > self._slots * SLOT_BYTES:
+        if size > self._slots * SLOT_BYTES:
             raise InvalidRecord("These fences are of none of the agents that were here.", resource="fences")
         address = self._map(fd, size)
         # Of who died under an agent that was not handed this file, only that its slot was given out is known.
@@ -197,6 +199,7 @@ class Fences:
         self._lock = threading.Lock()
         self._last: dict[int, tuple[int, int]] = {}
         self._begun: dict[int, tuple[int, int]] = {}
+        self._awaited: dict[int, int] = {}
         self._undo = Undo()
         self._open = True
         self._host = libc.map_shared(fd, size, writable=True)
@@ -209,6 +212,7 @@ class Fences:
         except BaseException:
             device.abandon(self._undo)
             raise
+        device.add_fences(self)
 
     def signal(self, stream: int, slot: int) -> int:
         """Queue the next number for this process's own slot, behind all that the stream has been given so far.
@@ -274,8 +278,17 @@ class Fences:
         if not 0 <= value < RELEASED:
             raise InvalidArgument(f"{value} is no value of a fence.", resource=str(value))
         if value:
+            # First: an interrupt must not leave it out.
+            self._awaited[slot] = max(value, self._awaited.get(slot, 0))
             with self._device.current() as driver:
                 driver.wait_value(stream, self._at + slot * SLOT_BYTES, value)
+
+    def holds_a_stream(self) -> bool:
+        """Whether a stream may wait here for what has not been reached: whoever waits for that stream waits too."""
+        if self.unmapped:
+            return False
+        self._awaited = {slot: value for slot, value in list(self._awaited.items()) if not self.reached(slot, value)}
+        return bool(self._awaited)
 
     def value(self, slot: int) -> int:
         """What a slot has reached, as the host sees it now."""
