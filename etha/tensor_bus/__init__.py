@@ -15,8 +15,8 @@ From the bottom up; a module imports only what stands above it in this list::
     copying, lease, mapped, subscription,  what a user holds
       shared, update, publication,
       tracer, client, bootstrap, local
-    examination, premises, sessions,       the agent itself
-      switchboard, front_door, memory,
+    pages, examination, premises,          the agent itself
+      sessions, switchboard, front_door, memory,
       chronicle, journal, claimants,
       orders, requests, service,
       recovery, reception, agent

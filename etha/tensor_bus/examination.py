@@ -1,9 +1,8 @@
 """A first look at the files that a dead agent left, in a child that may die of it.
 
 LMDB maps its file: where that is cut short or damaged, a look at it can end the process that looks (SIGBUS), or lead it
-round in circles. A write can end it by an assertion of LMDB's (seen: ``mp->mp_pgno != pgno``), or overwrite what is in
-use, where its list of free pages is damaged. So a child goes through every record of both files, with a deadline,
-rehearses writing in a copy of each, and says in one line what it found. Only then does the agent open them itself.
+round in circles; a write can do worse (`pages`). So a child goes through every page and every record of both files,
+with a deadline, and says in one line what it found. Only then does the agent open them itself.
 
 Used by the agent, before it has any other thread, and by ``etha status`` and ``etha inspect``.
 """
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 import os
 import select
-import shutil
 import signal
 from collections.abc import Callable
 from typing import Final
@@ -21,11 +19,12 @@ import lmdb
 import msgspec
 
 from etha.errors import EthaError, InvalidRecord
-from etha.tensor_bus import clock
+from etha.tensor_bus import clock, pages
 from etha.tensor_bus.command_queue import CommandQueue
+from etha.tensor_bus.environments import open_environment
 from etha.tensor_bus.paths import AgentPaths
 from etha.tensor_bus.records import SCHEMA
-from etha.tensor_bus.state import ClientRecord, StateReader
+from etha.tensor_bus.state import MAP_SIZE, ClientRecord, StateReader
 
 _SECONDS: Final = 30.0
 """A gigabyte of records takes some three."""
@@ -56,7 +55,7 @@ def require_readable(path: str) -> None:
     """Read a state LMDB in a child, if its agent is dead: what a living agent serves from has been read before.
 
     Raises:
-        InvalidRecord: who reads it dies of it, or does not come to an end.
+        InvalidRecord: a page is damaged, or who reads it dies of it or does not come to an end.
     """
     damage = _apart(lambda: _whole(path)).damage
     if damage is not None:
@@ -67,7 +66,10 @@ def require_readable(path: str) -> None:
 
 def _whole(path: str) -> Finding:
     try:
+        _check_pages(path)
         StateReader(path).everything()
+    except pages.Damage as damage:
+        return Finding(damage=str(damage))
     except (EthaError, lmdb.Error, OSError):
         pass  # which the reader itself will meet, and tell better
     return Finding()
@@ -91,6 +93,8 @@ def _apart(look: Callable[[], Finding]) -> Finding:
 
 def _look(paths: AgentPaths) -> Finding:
     try:
+        for path in paths:
+            _check_pages(path)
         state = StateReader(paths.state)
         agent = state.agent()
         if agent is not None and agent.schema != SCHEMA:
@@ -99,55 +103,20 @@ def _look(paths: AgentPaths) -> Finding:
         queue = CommandQueue(paths)
         for client in queue.clients():
             queue.commands_of(client, 0)
-        for path in paths:
-            _rehearse(path)
-    except (EthaError, lmdb.Error, OSError) as error:
+    except (EthaError, lmdb.Error, pages.Damage, OSError) as error:
         return Finding(damage=str(error))
     clients = sum(isinstance(record, ClientRecord) for record in records.values())
     return Finding(None, agent.boot if agent else "", agent.schema if agent else 0, clients)
 
 
-def _rehearse(path: str) -> None:
-    """Write every record anew and use every page that is free, in a copy in memory; all must still be there then.
-
-    Raises:
-        lmdb.Error, InvalidRecord: it is not.
-    """
-    copy = os.memfd_create("etha-examination", os.MFD_CLOEXEC)
-    with open(path, "rb") as source, open(copy, "wb", closefd=False) as target:
-        shutil.copyfileobj(source, target, 1 << 20)
-    room = 4 * os.fstat(copy).st_size + _LEAST_ROOM
-    env = lmdb.open(f"/proc/self/fd/{copy}", subdir=False, create=False, lock=False, sync=False, map_size=room)
-    before = _records(env)
-    expected = dict(before)
-    stat = env.stat()
-    free = env.info()["last_pgno"] - stat["branch_pages"] - stat["leaf_pages"] - stat["overflow_pages"]
-    # What the last transaction freed is not given out again before the next but one.
-    for turn in range(3):
-        with env.begin(write=True) as transaction:
-            for key, value in before:
-                transaction.put(key, value)
-            for number in range(free if turn else 0):
-                key = b"\xff%d %d" % (turn, number)
-                expected[key] = key.ljust(_ONE_PAGE, b"\xff")
-                transaction.put(key, expected[key])
-    if _records(env) != sorted(expected.items()):
-        raise InvalidRecord(f"{path} has pages that are free and in use.", resource=path)
-    with env.begin(write=True) as transaction:
-        for key in expected:
-            transaction.delete(key)
-    env.close()
-
-
-def _records(env: lmdb.Environment) -> list[tuple[bytes, bytes]]:
-    with env.begin() as transaction, transaction.cursor() as cursor:
-        return [(bytes(key), bytes(value)) for key, value in cursor]
-
-
-_ONE_PAGE: Final = 3000
-"""Bytes of a value that gets a page of its own: too long for a leaf, and with its header not longer than a page."""
-
-_LEAST_ROOM: Final = 1 << 24
+def _check_pages(path: str) -> None:
+    """Within a read transaction, as workers may write to the queue while there is no agent."""
+    environment = open_environment(path, map_size=MAP_SIZE, readonly=True)
+    try:
+        with environment, environment.env.begin():
+            pages.check(path)
+    finally:
+        environment.close()
 
 
 def _hear(reading: int, child: int) -> Finding:
