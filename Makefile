@@ -15,7 +15,7 @@ help:
 	@echo 'make demo     an agent, a trainer and an evaluator; options: make demo ARGS="--steps 1000"'
 	@echo 'make test     ruff, mypy --strict and the tests'
 	@echo 'make lint     ruff and mypy alone'
-	@echo 'make faults   the agent and owners killed at some of their system calls: minutes; needs strace'
+	@echo 'make faults   the table of faults at small counts, and what must hold after each: minutes; needs strace'
 	@echo 'make stress   the tests at their full counts: long'
 	@echo 'make bench    what each operation costs, beside its bare floor: minutes; options: make bench ARGS="--only lease"'
 	@echo 'make soak     64 workers for two hours, and whether anything grows; options: make soak ARGS="--minutes 10 --plot"'
