@@ -222,7 +222,7 @@ def visit(left: Left, visitors: Visitors, chance: random.Random) -> str:
     return "set aside" if aside else f"{found} of {len(left.truth)} found"
 
 
-@pytest.mark.parametrize("rounds", counts(40, 10_000))
+@pytest.mark.parametrize("rounds", counts(150, 10_000))
 def test_nobody_dies_and_nothing_is_wrong(left: Left, visitors: Visitors, stage: tuple[Scene, Omega], rounds: int):
     seed = int(os.environ.get("ETHA_SEED", random.randrange(1 << 20)))
     first = int(os.environ.get("ETHA_ROUND", 0))
