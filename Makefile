@@ -8,16 +8,18 @@ READY := .venv/ready
 EXTRAS := demo,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults stress bench soak lint clean
+.PHONY: help setup demo test test-optimized faults stress bench bandwidth soak lint clean
 
 help:
 	@echo 'make setup    .venv with etha (editable) and what development needs; quick when nothing changed'
 	@echo 'make demo     an agent, a trainer and an evaluator; options: make demo ARGS="--steps 1000"'
 	@echo 'make test     ruff, mypy --strict and the tests'
+	@echo 'make test-optimized  the same tests under python -O, where no assert of the library would count'
 	@echo 'make lint     ruff and mypy alone'
 	@echo 'make faults   the table of faults at small counts, and what must hold after each: minutes; needs strace'
 	@echo 'make stress   the tests at their full counts: long'
 	@echo 'make bench    what each operation costs, beside its bare floor: minutes; options: make bench ARGS="--only lease"'
+	@echo 'make bandwidth  what handing over a model costs; options: make bandwidth ARGS="--device cuda:0 --plot"'
 	@echo 'make soak     64 workers for two hours, and whether anything grows; options: make soak ARGS="--minutes 10 --plot"'
 	@echo 'make clean    remove builds and caches; .venv stays'
 
@@ -54,6 +56,11 @@ lint: setup
 test: lint
 	$(BIN)/python -m pytest --durations=15 -m "not stress and not cuda" --ignore=tests/faults
 
+# pytest says that asserts outside of test modules do not count; none is there (tests/test_optimized.py).
+test-optimized: setup
+	PYTHONOPTIMIZE=1 $(BIN)/python -m pytest -W "ignore:assertions not in test modules:pytest.PytestConfigWarning" \
+	  -m "not stress and not cuda" --ignore=tests/faults $(ARGS)
+
 faults: setup
 	$(BIN)/python -m pytest -m "not stress" tests/faults $(ARGS)
 
@@ -62,6 +69,9 @@ stress: setup
 
 bench: setup
 	$(BIN)/python benchmarks/latency.py $(or $(ARGS),--plot)
+
+bandwidth: setup
+	$(BIN)/python benchmarks/bandwidth.py $(or $(ARGS),--plot)
 
 soak: setup
 	$(BIN)/python benchmarks/soak.py $(or $(ARGS),--plot)

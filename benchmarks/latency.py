@@ -7,24 +7,18 @@ forked from this one, with an agent and a runtime directory of its own: no row f
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import torch
 import typer
-from costs.catalogue import Group, chosen
+from costs.catalogue import GROUPS
+from costs.groups import chosen, measure
 from costs.machine import machine
-from costs.pairing import Run
-from costs.processes import Helper, Talk
-from costs.report import METHOD, Report, quotation, read, table, write
-from costs.row import Row
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.text import Text
+from costs.program import conclude
+from costs.report import quotation, read
 
 RESULTS = Path(__file__).parent / "results" / "latency.json"
 
@@ -50,7 +44,7 @@ def latency(
         sys.stdout.write(quotation(read(output or RESULTS)))
         return
     try:
-        groups = chosen(only or [])
+        groups = chosen(GROUPS, only or [])
     except LookupError as error:
         raise typer.BadParameter(str(error.args[0]), param_hint="--only") from error
     where = output or (None if quick or only else RESULTS)
@@ -59,65 +53,18 @@ def latency(
     torch.set_num_threads(1)
     before = machine()
     started = time.monotonic()
-    rows, broken = _measure(groups, quick)
+    rows, broken = measure(groups, quick)
     rows = [row for row in rows if not only or row.name in only]
-    report = Report(
-        program="benchmarks/latency.py",
-        quick=quick,
-        method=METHOD,
-        machine=before,
-        load_after=os.getloadavg(),
+    conclude(
+        "benchmarks/latency.py",
+        rows,
+        broken,
+        before=before,
         seconds=time.monotonic() - started,
-        verdicts={row.name: row.note or row.verdict for row in rows},
-        rows=tuple(rows),
+        quick=quick,
+        where=where,
+        plot=plot,
     )
-    console = Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 230)
-    console.print(table(report.rows))
-    if where is not None:
-        write(where, report)
-        console.print(Text(f"written: {where}"))
-        if plot:
-            from costs.plot import draw
-
-            draw(where.with_suffix(".png"), report)
-            console.print(Text(f"written: {where.with_suffix('.png')}"))
-    for name in broken:
-        console.print(Text(f"{name}: could not be measured; see above", "red"))
-    if broken:
-        raise typer.Exit(1)
-
-
-def _measure(groups: list[Group], quick: bool) -> tuple[list[Row], list[str]]:
-    """The rows, and the names of those that could not be measured."""
-    rows: list[Row] = []
-    broken: list[str] = []
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TimeElapsedColumn(),
-    )
-    # No thread of its own that redraws: it would take part in the measurement.
-    with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
-        whole = progress.add_task("", total=len(groups))
-        for number, group in enumerate(groups):
-            progress.update(whole, description=group.rows[0], refresh=True)
-            with Helper(_run_group, group, quick) as helper:
-                try:
-                    while isinstance(said := helper.hear(), float):
-                        progress.update(whole, completed=number + said, refresh=True)
-                    rows += msgspec.convert(said, list[Row])
-                except (EOFError, TimeoutError) as error:
-                    broken += group.rows
-                    progress.console.print(Text(f"{group.rows[0]}: {error}", "red"))
-        progress.update(whole, completed=len(groups), refresh=True)
-    return rows, broken
-
-
-def _run_group(talk: Talk, group: Group, quick: bool) -> None:
-    rows = group.measure(Run(quick, lambda share: talk.say(float(share))))
-    talk.say(rows)
 
 
 if __name__ == "__main__":

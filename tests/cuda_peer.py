@@ -20,13 +20,13 @@ import msgspec
 from fake_driver import FakeDriver
 
 from etha.tensor_bus.ipc import driver as api
+from etha.tensor_bus.ipc.allocations import Chunk, CudaAllocation, LegacyAllocation, VirtualAllocation
 from etha.tensor_bus.ipc.cuda import Device
 from etha.tensor_bus.ipc.cuda_backend import CudaBackend
-from etha.tensor_bus.ipc.cuda_records import Chunk, CudaAllocation, CudaManifest, LegacyAllocation, VirtualAllocation
 from etha.tensor_bus.ipc.driver import Driver
 from etha.tensor_bus.ipc.fence import Fences
-from etha.tensor_bus.ipc.manifest import Storage, TensorSpec
-from etha.tensor_bus.ipc.mapping import MappingTable
+from etha.tensor_bus.ipc.manifest import Manifest, Storage, TensorSpec
+from etha.tensor_bus.ipc.mapping import MappingTable, import_memory
 
 OWNER = b"the other client"
 
@@ -36,7 +36,7 @@ class Told(msgspec.Struct, array_like=True):
 
     do: str
     numbers: tuple[int, ...] = ()
-    manifest: CudaManifest | None = None
+    manifest: Manifest | None = None
 
 
 def send(sock: socket.socket, message: Any, fds: list[int] | None = None) -> None:
@@ -50,7 +50,7 @@ def receive(sock: socket.socket, kind: Any) -> tuple[Any, list[int]]:
     return msgspec.msgpack.decode(data, type=kind), fds
 
 
-def describe(driver: Driver, address: int, sizes: tuple[int, ...]) -> tuple[CudaManifest, list[int]]:
+def describe(driver: Driver, address: int, sizes: tuple[int, ...]) -> tuple[Manifest, list[int]]:
     """A manifest of one storage over what lies there, and its descriptors: chunks, or one legacy allocation."""
     uuid = driver.device_uuid(0)
     fds: list[int] = []
@@ -68,7 +68,7 @@ def describe(driver: Driver, address: int, sizes: tuple[int, ...]) -> tuple[Cuda
             at += size
         allocation = VirtualAllocation(uuid, OWNER, tuple(chunks))
     spec = TensorSpec(0, "uint8", (allocation.size,), (1,), 0)
-    return CudaManifest((allocation,), (Storage(0, 0, allocation.size),), (spec,), {"w": 0}), fds
+    return Manifest((allocation,), (Storage(0, 0, allocation.size),), (spec,), {"w": 0}), fds
 
 
 def make(driver: FakeDriver, kind: str, sizes: tuple[int, ...]) -> int:
@@ -81,9 +81,10 @@ def main() -> None:
     device = Device(driver, driver.uuids[0])
     told, fds = receive(sock, Told)
     if told.do == "read":
-        assert told.manifest is not None
+        if told.manifest is None:
+            raise ValueError("who reads is told of a manifest")
         fences = Fences(device, fds.pop())
-        memory = CudaBackend(device, OWNER).import_memory(told.manifest, fds, MappingTable())
+        memory = import_memory(told.manifest, fds, MappingTable(), CudaBackend(device, OWNER))
         read(sock, driver, fences, memory.buffer(0), told.numbers)
         return
     with device.current():

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from requiring import require
 
 NOBODY = 65534
 PATIENCE = 60.0
@@ -108,7 +109,7 @@ class Behind:
             timeout=PATIENCE,
             check=False,
         )
-        assert done.stderr == "", done.stderr
+        require(done.stderr == "", f"on stderr: {done.stderr}")
         return Report(json.loads(done.stdout), done.returncode)
 
 

@@ -19,14 +19,14 @@ import msgspec
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks" / "probes"))
 
-from cuda_peer import OWNER, CudaManifest, describe, receive, send
+from cuda_peer import OWNER, Manifest, describe, receive, send
 from libcuda import READ_WRITE, Cuda
 
 from etha.tensor_bus.ipc.cuda import Device, visible_devices
 from etha.tensor_bus.ipc.cuda_backend import CudaBackend
 from etha.tensor_bus.ipc.driver import load
 from etha.tensor_bus.ipc.fence import Fences
-from etha.tensor_bus.ipc.mapping import MappingTable
+from etha.tensor_bus.ipc.mapping import MappingTable, import_memory
 
 
 class Game(msgspec.Struct):
@@ -104,9 +104,9 @@ def own(side: Side, peer: socket.socket) -> int:
 def read(side: Side, peer: socket.socket) -> int:
     """Copy the first and last word of each version aside; how many pairs were not that version."""
     cuda, versions = side.cuda, side.game.versions
-    manifest, fds = receive(peer, CudaManifest)
+    manifest, fds = receive(peer, Manifest)
     table = MappingTable()
-    memory = CudaBackend(side.device, OWNER).import_memory(manifest, fds, table)
+    memory = import_memory(manifest, fds, table, CudaBackend(side.device, OWNER))
     size = manifest.storages[0].nbytes
     address = ctypes.addressof(memory.buffer(0))
     aside = cuda.allocate(8 * versions)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from interrupting import Sender, at_point
 from lanes import Lane, descriptors, outcome, shared, until, write_once
+from requiring import require
 
 from etha import bootstrap_client
 from etha.errors import EthaError
@@ -115,22 +116,22 @@ class Rig:
         gc.collect()
         # A call of each client's: it gives back what was dropped, and has been heard when it is answered.
         for subscription in (self.subscription, self.other):
-            assert outcome(lambda s=subscription: s.read(version=10**9, timeout=0), 0) == "VersionTimeout"
+            require(outcome(lambda s=subscription: s.read(version=10**9, timeout=0), 0) == "VersionTimeout")
         if self.fresh is not None:
-            assert outcome(lambda: self.fresh.close(timeout=5), 5) is None
+            require(outcome(lambda: self.fresh.close(timeout=5), 5) is None)
             self.fresh = None
         # What a call that was interrupted in the middle of a move says to do.
         if self.own._suspended is not None:
-            assert outcome(lambda: self.own.resume({"x": shared()}, timeout=5), 5) is None
+            require(outcome(lambda: self.own.resume({"x": shared()}, timeout=5), 5) is None)
         if self.own._shared._doubtful:
-            assert outcome(lambda: self.own.rebind({"x": shared()}, timeout=5), 5) is None
+            require(outcome(lambda: self.own.rebind({"x": shared()}, timeout=5), 5) is None)
         for publication in (self.own, self.policy):
-            assert outcome(lambda p=publication: write_once(p, 0), 0) == publication.version
-        assert outcome(self.own.publish, 0) == self.own.version
+            require(outcome(lambda p=publication: write_once(p, 0), 0) == publication.version)
+        require(outcome(self.own.publish, 0) == self.own.version)
         # The name of an interrupted registration is free.
         publication = outcome(lambda: self.client.register_tensors("fresh", {}, timeout=5), 5)
-        assert not isinstance(publication, str), publication
-        assert outcome(lambda: publication.close(timeout=5), 5) is None
+        require(not isinstance(publication, str), publication)
+        require(outcome(lambda: publication.close(timeout=5), 5) is None)
         # What a client dropped that is no more, the agent hears in a moment.
         until(lambda: self.left() == [], self.left)
 
@@ -154,7 +155,7 @@ class Rig:
         # process ends; the next client of the path uses it. Nothing grows with the number of interrupts.
         spare = self.spare if name == "connect" else 0
         found = descriptors()
-        assert found <= self.descriptors + spare, f"{found} descriptors, {self.descriptors} before"
+        require(found <= self.descriptors + spare, f"{found} descriptors, {self.descriptors} before")
         kept = max(found - self.descriptors, 0)  # they stay: what comes next begins with them
         self.spare -= kept
         self.descriptors += kept
@@ -214,7 +215,7 @@ class Rig:
             # At a quarter of a second the waiting thread looks for itself.
             lease = waiting.result(2)
             lease.release()
-            assert lease.version >= wanted, where
+            require(lease.version >= wanted, where)
             self.mend()
 
     def end(self) -> None:

@@ -107,10 +107,14 @@ class Sender:
             self._go.set()
             call()
             finished = True
-            while True:  # the signal is on its way: it ends this loop
-                self._done.wait(1)
+            while not self._done.wait(1):
+                pass  # the signal is on its way: it ends this loop
+            # By kill(2) it has been delivered. Unless a finaliser was running, which swallows it, it is raised in here.
+            for _ in range(100):
+                time.sleep(0)
         except KeyboardInterrupt:
             return not finished
+        return False
 
     def end(self) -> None:
         self._ended = True

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import itertools
 
+from requiring import require
+
 from etha.errors import (
     EthaError,
 )
@@ -95,7 +97,7 @@ class World:
         self.registry = Registry()
         self.journal = Journal(self.records, self.registry)
         found = recover(records, self.registry, self.journal, self.now, lambda pid, started: None)
-        assert not found.dead
+        require(not found.dead, found.dead)
         for session in found.living:
             self.registry.client_rejoined(session.client)
         for publication in list(self.registry.publications.values()):

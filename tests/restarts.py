@@ -24,6 +24,7 @@ import traceback
 from functools import partial
 
 import torch
+from requiring import require
 
 from etha import bootstrap_client
 from etha.errors import EthaError
@@ -78,7 +79,7 @@ def own(board: Board, number: int) -> None:
         for tensor in tensors.values():
             tensor.fill_(version)
         timed(board, number, partial(update.__exit__, None, None, None))
-        assert policy.version == version
+        require(policy.version == version, f"version {policy.version}, and {version} was written")
         board.steps[number] += 1
     board.last[number] = policy.version
     board.finished[number] = 1
@@ -96,7 +97,7 @@ def read(board: Board, number: int, seed: int, late: bool) -> None:
         lease = timed(board, OWNERS + number, lambda: policies[owner].read(min_version=least, timeout=TIMEOUT))
         if lease is None:
             return
-        assert lease.version >= seen[owner], f"version {lease.version} after {seen[owner]}"
+        require(lease.version >= seen[owner], f"version {lease.version} after {seen[owner]}")
         seen[owner] = lease.version
         held = dict(lease)
         if late:
@@ -114,7 +115,7 @@ def read(board: Board, number: int, seed: int, late: bool) -> None:
     for owner in range(OWNERS):
         until(lambda owner=owner: board.finished[owner], 60)
         look(owner, int(board.last[owner]))
-        assert seen[owner] == board.last[owner]
+        require(seen[owner] == board.last[owner], f"version {seen[owner]} of {board.last[owner]} at the end")
     board.done[number] = 1
     client.close(TIMEOUT)
 
@@ -138,7 +139,7 @@ class Agents:
 
     def start(self) -> subprocess.Popen:
         process = subprocess.Popen([sys.executable, "-m", "etha", "agent"], stdout=subprocess.PIPE, text=True)
-        assert "serves" in process.stdout.readline()
+        require("serves" in process.stdout.readline(), "the agent did not start")
         return process
 
     def kill(self, number: int) -> None:

@@ -8,7 +8,8 @@ import zlib
 import msgspec
 
 from etha.tensor_bus import commands, packets, state
-from etha.tensor_bus.ipc.manifest import HostAllocation, Manifest, Storage, TensorSpec
+from etha.tensor_bus.ipc.allocations import HostAllocation
+from etha.tensor_bus.ipc.manifest import Manifest, Storage, TensorSpec
 from etha.tensor_bus.records import SCHEMA, Codec, Failure, encode
 
 CLIENT = bytes(range(16))
@@ -27,6 +28,7 @@ FAILURE = Failure("LeaseTimeout", "pid 3 (x) holds it.", "policy", "pid 3 (x)", 
 COMMANDS = (
     commands.Register("policy", MANIFEST, 3, True, 77, 1234.5),
     commands.Publish(1, 2, 3),
+    commands.Publish(1, 2, 3, 7),
     commands.Abandon(1, 3),
     commands.Rebind(1, 3, MANIFEST, 77, 1234.5),
     commands.Suspend(1, 3, 77, 1234.5),
@@ -49,13 +51,18 @@ FROM_WORKER = (
     packets.Unmapped(1),
     packets.Bell(1, 2),
     packets.Descriptors(1, 253),
+    packets.Fenced(),
+    packets.Release(1, 7),
     packets.Goodbye(),
 )
 FROM_AGENT = (
     packets.Welcome(CLIENT, 99),
     packets.Welcome(CLIENT, 99, 7),
+    packets.Welcome(CLIENT, 99, 7, 12),
     packets.Leased(1, 2, 3, True, 1),
+    packets.Leased(1, 2, 3, True, 1, 12, 7),
     packets.MayWrite(1, 9, 1),
+    packets.MayWrite(1, 9, 1, ((12, 7), (13, 1))),
     packets.Imported(1, 2, 3, 1),
     packets.Unmap(1),
     packets.Wanted(9),
@@ -71,7 +78,7 @@ STATE = (
     state.ServedRecord(8),
     state.OutcomeRecord(1, FAILURE),
     state.PublicationRecord("policy", CLIENT, 4, "pid 4 (x)", MANIFEST, 1.0, 1 << 63, 1, 1),
-    state.VersionRecord(1, "ready", 2, True, False, 3.0, "ready", False, False),
+    state.VersionRecord(1, "ready", 2, True, False, 3.0, "ready", False, False, 7, ((CLIENT, 8),)),
     state.ClaimRecord("lease", True, 1, "policy", 2, 4, 77, "pid 4 (x)", 3.0, 2, True, 0),
     state.MemoryRecord((((1, 2), (3, 4)),), ((5,),), None),
 )

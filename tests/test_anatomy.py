@@ -9,7 +9,8 @@ import pytest
 
 from etha.cli.anatomy import Look, Owner, Reader, anatomy
 from etha.cli.sheet import lines
-from etha.tensor_bus.ipc.manifest import HostAllocation, Manifest, Storage, TensorSpec, validate
+from etha.tensor_bus.ipc.allocations import HostAllocation
+from etha.tensor_bus.ipc.manifest import Manifest, Storage, TensorSpec, validate
 from etha.tensor_bus.state import ClaimRecord, ClientRecord, PublicationRecord, VersionRecord
 
 CLIENT = ClientRecord(22, "pid 22 (train.py)", 0, True, 1.0)

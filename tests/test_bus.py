@@ -294,3 +294,23 @@ def test_an_update_that_was_given_back_is_over_before_what_is_published_next(age
     assert owner.do("update.give_back(); policy.publish()") == 1
     agent.kill(signal.SIGCONT)
     assert reader.do("with policy.read(min_version=1, timeout=5) as w: v = w.version\nv") == 1
+
+
+def test_an_owner_that_cuts_its_memory_short_does_not_end_the_agent(agent, owner: Worker, reader: Worker):
+    """It has the file mapped, and touches no byte of it: who touches one behind the end of a file gets SIGBUS."""
+    cut = """
+names = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+files = [name for name in names if os.path.exists(name) and "/dev/shm/" in os.readlink(name)]
+for name in files:
+    os.truncate(name, 0)
+len(files)
+"""
+    assert owner.do(cut) == 1
+    assert owner.do("policy.publish()") == 1
+    with pytest.raises(Raised, match=r"^InvalidRecord"):
+        reader.do("client.close(); client, _ = bootstrap_client(); client.subscribe('policy')")
+    assert (
+        owner.do("other = client.register_tensors('other', {'w': torch.ones(8).share_memory_()}); other.version") == 0
+    )
+    assert agent.process.poll() is None
+    assert agent.errors.read_text() == ""

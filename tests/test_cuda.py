@@ -16,14 +16,14 @@ from pathlib import Path
 import msgspec
 import pytest
 from box import until
-from cuda_peer import CudaManifest, Told, describe, make, receive, send
+from cuda_peer import Manifest, Told, describe, make, receive, send
+from fake_backend import FakeBackend
 from fake_driver import GRANULARITY, FakeDriver
 from ipc_helpers import in_fork
 
 from etha.errors import DriverError, EthaError, InvalidArgument, InvalidRecord, StaleHandle, SystemFault
 from etha.tensor_bus.ipc.cuda import Alias, CudaMapping, Device, Origin, open_allocation, visible_devices
-from etha.tensor_bus.ipc.cuda_backend import CudaBackend
-from etha.tensor_bus.ipc.mapping import MappingTable
+from etha.tensor_bus.ipc.mapping import MappingTable, import_memory
 
 SIZES = {"legacy": (3 * GRANULARITY,), "fd": (GRANULARITY, 2 * GRANULARITY)}
 kinds = pytest.mark.parametrize("kind", SIZES)
@@ -67,11 +67,11 @@ def peer(script: str = "cuda_peer.py") -> Iterator[Peer]:
 
 
 @contextmanager
-def offered(kind: str) -> Iterator[tuple[Peer, CudaManifest, list[int]]]:
+def offered(kind: str) -> Iterator[tuple[Peer, Manifest, list[int]]]:
     """Memory of another process, all bytes 1."""
     with peer() as other:
         send(other.socket, Told(kind, SIZES[kind]))
-        manifest, fds = receive(other.socket, CudaManifest)
+        manifest, fds = receive(other.socket, Manifest)
         try:
             yield other, manifest, fds
         finally:
@@ -273,13 +273,13 @@ def test_never_while_the_callers_stream_is_captured(driver, device):
 
 def test_through_the_table_once_for_all_and_only_when_asked(driver, device):
     table = MappingTable()
-    backend = CudaBackend(device, b"a reading client", "cpu")
+    backend = FakeBackend(device, b"a reading client")
     before = driver.left_open()
     with offered("fd") as (_, manifest, fds), offered("legacy") as (_, other, _):
         memories = [
-            backend.import_memory(manifest, fds, table),
-            backend.import_memory(manifest, fds, table),
-            backend.import_memory(other, [], table),
+            import_memory(manifest, fds, table, backend),
+            import_memory(manifest, fds, table, backend),
+            import_memory(other, [], table, backend),
         ]
         assert len(table) == 2
         view = memories[0].buffer(0)
@@ -300,14 +300,14 @@ def test_through_the_table_once_for_all_and_only_when_asked(driver, device):
 
 def test_all_of_a_manifest_or_nothing(driver, device):
     table = MappingTable()
-    backend = CudaBackend(device, b"a reading client", "cpu")
+    backend = FakeBackend(device, b"a reading client")
     before = driver.left_open()
     with offered("fd") as (_, manifest, fds), offered("legacy") as (_, other, _):
         (wrong,) = other.allocations
         wrong = msgspec.structs.replace(wrong, size=wrong.size + 1)
         both = msgspec.structs.replace(manifest, allocations=(*manifest.allocations, wrong))
         with pytest.raises(InvalidRecord):
-            backend.import_memory(both, fds, table)
+            import_memory(both, fds, table, backend)
         assert len(table) == 0
         assert device.drain() == 1
     assert driver.left_open() == before
@@ -315,10 +315,10 @@ def test_all_of_a_manifest_or_nothing(driver, device):
 
 def test_reopened_before_it_was_unmapped(driver, device):
     table = MappingTable()
-    backend = CudaBackend(device, b"a reading client", "cpu")
+    backend = FakeBackend(device, b"a reading client")
     with offered("legacy") as (_, manifest, _):
-        backend.import_memory(manifest, [], table).close()
-        again = backend.import_memory(manifest, [], table)
+        import_memory(manifest, [], table, backend).close()
+        again = import_memory(manifest, [], table, backend)
         device.drain()
         assert bytes(again.buffer(0)[:4]) == bytes([1]) * 4
         again.close()

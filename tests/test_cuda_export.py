@@ -11,9 +11,10 @@ from fake_driver import GRANULARITY, FakeDriver
 
 from etha.errors import DriverError, InvalidArgument, NotShareable, SystemLimit
 from etha.tensor_bus.ipc import driver as api
+from etha.tensor_bus.ipc.allocations import LegacyAllocation, VirtualAllocation
 from etha.tensor_bus.ipc.cuda import Device
 from etha.tensor_bus.ipc.cuda_export import Kind, classify, export
-from etha.tensor_bus.ipc.cuda_records import LegacyAllocation, VirtualAllocation, validate
+from etha.tensor_bus.ipc.manifest import validate
 from etha.tensor_bus.ipc.shareable import Refusal
 
 OWNER = b"the owning client"[:16]
@@ -142,7 +143,7 @@ def test_chunks_of_any_size_under_storages_and_no_others(driver, device):
     assert exported.manifest.storages[0].offset == 1
     assert [row.allocation for row in exported.manifest.storages] == [1, 0, 0]
     assert exported.manifest.storages[1].offset == ends[1] - 10
-    assert len(exported.fds) == exported.manifest.descriptors == 3
+    assert len(exported.fds) == len(exported.manifest.pieces) == 3
     files = [os.fstat(fd.fileno()).st_size for fd in exported.fds]
     assert files == [*sizes[:2], sizes[3]]
     assert not any(os.get_inheritable(fd.fileno()) for fd in exported.fds)

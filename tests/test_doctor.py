@@ -448,7 +448,7 @@ def test_no_gpu(runtime: Path):
     well(report)
     for part in ("nvidia-smi", "libcuda.so.1", "/dev/nvidia*", "missing"):
         assert part in report.named("GPU")["seen"]
-    assert "host memory only" in report.named("GPU")["seen"]
+    assert "No fault" in report.named("GPU")["seen"]
     remedy = shut(OPEN.doctor("--device", "cuda"), "GPU", "broken")
     assert "etha doctor --device cpu" in remedy
     well(OPEN.doctor("--device", "cpu"))
@@ -463,7 +463,7 @@ def test_a_hidden_gpu(runtime: Path, tmp_path: Path):
     shown = Behind((*wrap, *shell(remedy)), "", {**variables, "CUDA_VISIBLE_DEVICES": ""}).doctor()
     well(shown)
     assert "GPU-8f3a1c52-0000-4000-8000-000000000000" in shown.named("GPU")["seen"]
-    assert "host memory only" in shown.named("GPU")["seen"]
+    assert "fake driver only" in shown.named("GPU")["seen"]
     well(Behind(wrap, "", {**variables, "CUDA_VISIBLE_DEVICES": "GPU-1d2e"}).doctor("--device", "cuda"))
 
 

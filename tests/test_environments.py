@@ -140,6 +140,8 @@ os.kill(os.getpid(), 9)
 
 FORK = """
 import gc, os, sys
+sys.path.append(TESTS)
+from requiring import require
 from etha.tensor_bus import environments
 from etha.tensor_bus.environments import open_environment
 from etha.tensor_bus.ipc.process import open_files
@@ -165,40 +167,40 @@ write(environment, b"first")
 read(environment)  # leaves an idle transaction, and so a slot in the reader table
 files = {(found.st_dev, found.st_ino) for found in (os.stat(path), os.stat(path + "-lock"))}
 held = sum(identity in files for _, identity in open_files(os.getpid()))
-assert held >= 2, held
+require(held >= 2, held)
 pid = os.fork()
 if pid == 0:
-    assert environments._open == {}
-    assert environment.companion.closed == 1
-    assert not any(identity in files for _, identity in open_files(os.getpid()))
+    require(environments._open == {})
+    require(environment.companion.closed == 1)
+    require(not any(identity in files for _, identity in open_files(os.getpid())))
     others = [os.open("/dev/null", os.O_RDONLY) for _ in range(held)]  # the numbers that were closed
     environment.close()
     CHILD
     sys.exit(0)
-assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+require(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0)
 expected = b"second" if "second" in sys.argv[2] else b"first"
-assert read(environment) == expected
+require(read(environment) == expected)
 write(environment, b"third")
-assert read(environment) == b"third"
-assert environment.env.reader_check() == 0
+require(read(environment) == b"third")
+require(environment.env.reader_check() == 0)
 environment.close()
-assert environment.companion.closed == 1
+require(environment.companion.closed == 1)
 """
 
 CHILDREN = {
     "does nothing": "pass",
     "drops it": "del environment; gc.collect(); [os.fstat(fd) for fd in others]",
-    "opens its own": "own = open_environment(path, map_size=1 << 20); assert own is not environment; "
-    "assert read(own) == b'first'; write(own, b'second'); own.close(); [os.fstat(fd) for fd in others]",
+    "opens its own": "own = open_environment(path, map_size=1 << 20); require(own is not environment); "
+    "require(read(own) == b'first'); write(own, b'second'); own.close(); [os.fstat(fd) for fd in others]",
     "dies": "own = open_environment(path, map_size=1 << 20); read(own); os._exit(0)",
-    "forks again": "pid = os.fork(); pid or os._exit(0); assert os.waitpid(pid, 0)[1] == 0",
+    "forks again": "pid = os.fork(); pid or os._exit(0); require(os.waitpid(pid, 0)[1] == 0)",
 }
 
 
 @pytest.mark.parametrize("child", CHILDREN.values(), ids=CHILDREN)
 def test_a_forked_child_leaves_its_parents_environment_alone(path: str, child: str):
     """Closing it there would clear the parent's reader slots: its next read failed with ``MDB_BAD_RSLOT``."""
-    code = FORK.replace("CHILD", child)
+    code = FORK.replace("CHILD", child).replace("TESTS", repr(str(Path(__file__).parent)))
     if child == CHILDREN["dies"]:
         code = code.replace("reader_check() == 0", "reader_check() == 1")
     done = subprocess.run([sys.executable, "-W", "error", "-c", code, path, child], capture_output=True, text=True)

@@ -18,6 +18,7 @@ from etha.errors import AgentStopped, InvalidArgument, NoAgent
 from etha.tensor_bus import clock
 from etha.tensor_bus.client import TensorBusClient
 from etha.tensor_bus.finding import device_name, find_agent, serves
+from etha.tensor_bus.ipc import devices
 from etha.tensor_bus.ipc.process import boot_id, pid_namespace
 from etha.tensor_bus.lockfile import LockText
 from etha.tensor_bus.paths import agent_paths, locks_by_convention
@@ -100,14 +101,22 @@ def test_a_string_loads_no_torch(runtime: Path):
 # -- which agent -------------------------------------------------------------------------------------------------------
 
 
-def test_the_lowest_rank_that_serves_it(locks: Locks):
-    locks.write(0, device="cuda:0")
+GPU = "cuda:74686520-6669-7273-7420-646576696365"
+
+
+def test_the_lowest_rank_that_serves_it(locks: Locks, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(devices, "visible", lambda: (b"another of these", b"the first device"))
+    locks.write(0, device=GPU)
     for rank in (10, 2, 3):
         locks.write(rank)
     assert locks_by_convention() == [0, 2, 3, 10]
     assert find_agent("cpu", now()) == (2, agent_paths(2))
-    assert find_agent("cuda:0", now())[0] == 0
-    assert not serves(TEXT, "cuda:0")
+    assert find_agent("cuda:1", now())[0] == 0
+    assert not serves(TEXT, GPU)
+    with pytest.raises(NoAgent):
+        find_agent("cuda:0", now())
+    with pytest.raises(InvalidArgument):
+        find_agent("cuda:2", now())
 
 
 def test_who_cannot_be_talked_to_is_passed_over_and_named(locks: Locks, runtime: Path):
@@ -117,7 +126,7 @@ def test_who_cannot_be_talked_to_is_passed_over_and_named(locks: Locks, runtime:
     locks.write(3, schema=SCHEMA + 1)
     locks.write(4).write_bytes(b"no JSON")
     locks.write(5).write_bytes(b"")
-    locks.write(6, device="cuda:0")
+    locks.write(6, device=GPU)
     with pytest.raises(NoAgent) as caught:
         find_agent("cpu", now())
     assert caught.value.resource == "cpu"
@@ -128,7 +137,7 @@ def test_who_cannot_be_talked_to_is_passed_over_and_named(locks: Locks, runtime:
         f"rank 3 (of record schema {SCHEMA + 1}",
         "rank 4 (unreadable",
         "rank 5 (starting)",
-        "rank 6 (serves cuda:0)",
+        f"rank 6 (serves {GPU})",
     ):
         assert part in caught.value.message
     locks.write(7)

@@ -44,7 +44,7 @@ def test_a_part_that_is_missing_or_shut(found: Nvidia, name: str, seen: str):
     first = in_order(judge(found, {}, False))[0]
     assert (first.name, first.verdict) == (name, "degraded")
     assert seen in first.seen
-    assert "host memory only" in first.means
+    assert "fake driver only" in first.means
     assert first.remedy
     if name == "GPU":
         assert in_order(judge(found, {}, True))[0].verdict == "broken"

@@ -33,11 +33,12 @@ from ipc_helpers import (
 
 from etha.errors import InvalidArgument, InvalidRecord, NotShareable, StaleHandle, StorageMoved, SystemLimit
 from etha.tensor_bus.ipc import host, libc, maps
-from etha.tensor_bus.ipc.backend import backend_for
+from etha.tensor_bus.ipc.allocations import HostAllocation, LegacyAllocation
+from etha.tensor_bus.ipc.backend import HOST
 from etha.tensor_bus.ipc.descriptors import SharedFd, reserve_descriptors
 from etha.tensor_bus.ipc.host import check_descriptor, export, open_allocation
 from etha.tensor_bus.ipc.leftovers import remove_leftovers
-from etha.tensor_bus.ipc.manifest import ITEMSIZE, MAX_NAME_BYTES, HostAllocation
+from etha.tensor_bus.ipc.manifest import ITEMSIZE, MAX_NAME_BYTES
 from etha.tensor_bus.ipc.process import start_time
 
 
@@ -708,16 +709,18 @@ def test_unmapping_what_is_no_mapping_is_an_error():
 # -- the seam, and the layers ------------------------------------------------------------------------------------
 
 
-def test_the_backend_of_a_device_type():
-    backend = backend_for("cpu")
-    assert backend.kind == "cpu"
-    exported = backend.export({"w": shared(3)})
-    with pytest.raises(InvalidArgument) as caught:
-        backend_for("cuda")
-    assert caught.value.resource == "cuda"
-    opened = backend.open_allocation(exported.fds[0].fileno(), exported.manifest.allocations[0])
-    assert opened.size == 12
+def test_the_backend_of_the_host():
+    exported = HOST.export({"w": shared(3)})
+    fds = [exported.fds[0].fileno()]
+    opened = HOST.open_allocation(exported.manifest.allocations[0], fds)
+    assert (HOST.kind, opened.size, HOST.settle()) == ("cpu", 12, True)
     opened.close()
+    of_a_device = LegacyAllocation(b"d" * 16, b"o" * 16, 1, b"h" * 64, 12)
+    for wrong, some in ((of_a_device, []), (of_a_device, fds), (exported.manifest.allocations[0], [])):
+        with pytest.raises(InvalidRecord):
+            HOST.open_allocation(wrong, some)
+        with pytest.raises(InvalidRecord):
+            HOST.check_descriptors(wrong, some)
 
 
 def test_no_module_imports_torch_or_numpy():

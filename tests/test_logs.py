@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 import pytest
 
 import etha
-from etha.cli.logs import AsideHandler, JsonFormatter
+from etha.cli.logs import AsideHandler, JsonFormatter, TextFormatter
 
 AGENT = [sys.executable, "-m", "etha", "agent"]
 
@@ -59,6 +59,17 @@ def test_each_module_has_one_logger_of_its_own_name():
     assert {"etha.tensor_bus.bootstrap", "etha.cli.logs"} <= set(loggers)
     assert all(name == logger for name, logger in loggers.items())
     assert etha.__name__ == "etha"
+
+
+def test_a_record_is_one_line_of_text_whatever_it_tells():
+    """A worker's bytes, as a refusal quotes them, cannot look like a line of the agent's, nor act on a terminal."""
+    line = TextFormatter("%(levelname)s: %(message)s").format(record("%s", "a\nERROR: b\x1b[2J\u202ec \udcff é"))
+    assert line == "WARNING: a\\nERROR: b\\x1b[2J\\u202ec \\udcff é"
+    try:
+        raise ValueError("a mistake")
+    except ValueError:
+        lines = TextFormatter("%(message)s").format(record("it failed", exc_info=sys.exc_info())).splitlines()
+    assert (lines[0], lines[-1]) == ("it failed", "ValueError: a mistake")
 
 
 # -- JSON lines --------------------------------------------------------------------------------------------------------

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etha.errors import InvalidRecord
+from etha.tensor_bus.ipc.allocations import HostAllocation
 from etha.tensor_bus.ipc.manifest import (
     ITEMSIZE,
     MAX_DIMENSIONS,
     MAX_ENTRIES,
     MAX_NAME_BYTES,
-    HostAllocation,
     Manifest,
     Storage,
     TensorSpec,

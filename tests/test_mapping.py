@@ -19,9 +19,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from ipc_helpers import in_fork, mapped_addresses, python, round_trip, shared
 
 from etha.errors import InvalidArgument, InvalidRecord, LeaseReleased, StaleHandle
-from etha.tensor_bus.ipc.backend import HOST
+from etha.tensor_bus.ipc.allocations import HostAllocation
+from etha.tensor_bus.ipc.backend import HostBackend
 from etha.tensor_bus.ipc.host import export
-from etha.tensor_bus.ipc.manifest import HostAllocation, Manifest, Storage, TensorSpec
+from etha.tensor_bus.ipc.manifest import Manifest, Storage, TensorSpec
 from etha.tensor_bus.ipc.mapping import TABLE, ImportedMemory, MappingTable, import_memory
 from etha.tensor_bus.ipc.view import build_views
 
@@ -66,8 +67,8 @@ def table():
 
 
 def test_maps_once_and_unmaps_with_the_last_reference(table, file):
-    first = table.open(file.allocation, file.fd)
-    second = table.open(file.allocation, file.fd)
+    first = table.open(file.allocation, [file.fd])
+    second = table.open(file.allocation, [file.fd])
     assert first is second
     assert mapped_addresses(NAME) == {first.address}
     assert (len(table), first.size) == (1, 8192)
@@ -79,31 +80,31 @@ def test_maps_once_and_unmaps_with_the_last_reference(table, file):
 
 
 def test_a_release_too_many_takes_nothing_from_a_later_mapping(table, file):
-    first = table.open(file.allocation, file.fd)
+    first = table.open(file.allocation, [file.fd])
     table.release(first)
-    second = table.open(file.allocation, file.fd)
+    second = table.open(file.allocation, [file.fd])
     table.release(first)
     assert mapped_addresses(NAME) == {second.address}
     table.release(second)
 
 
 def test_the_second_descriptor_is_checked_too(table, file):
-    mapping = table.open(file.allocation, file.fd)
+    mapping = table.open(file.allocation, [file.fd])
     other = File()
     with pytest.raises(StaleHandle):
-        table.open(file.allocation, other.fd)
+        table.open(file.allocation, [other.fd])
     os.close(other.fd)
     os.ftruncate(file.fd, 4096)
     with pytest.raises(InvalidRecord, match="shorter"):
-        table.open(file.allocation, file.fd)
+        table.open(file.allocation, [file.fd])
     table.release(mapping)
     assert len(table) == 0
 
 
 def test_a_file_that_grew_is_mapped_anew(table, file):
-    small = table.open(file.allocation, file.fd)
+    small = table.open(file.allocation, [file.fd])
     os.ftruncate(file.fd, 2**20)
-    grown = table.open(msgspec.structs.replace(file.allocation, size=2**20), file.fd)
+    grown = table.open(msgspec.structs.replace(file.allocation, size=2**20), [file.fd])
     assert grown is not small
     assert table.buffer(grown, 2**20 - 1, 1)[0] == 0
     table.release(small)
@@ -119,16 +120,16 @@ def test_uses_the_backend_it_is_given(table, file):
         def close(self):
             asked.append("close")
 
-    def check(fd, allocation):
-        asked.append("check")
+    class Backend(HostBackend):
+        def check_descriptors(self, allocation, fds):
+            asked.append("check")
 
-    def open_it(fd, allocation):
-        asked.append("open")
-        return Elsewhere()
+        def open_allocation(self, allocation, fds):
+            asked.append("open")
+            return Elsewhere()
 
-    backend = type(HOST)("elsewhere", HOST.export, check, open_it)
-    mapping = table.open(file.allocation, -1, backend)
-    assert table.open(file.allocation, -1, backend).address == 4096
+    mapping = table.open(file.allocation, [], Backend())
+    assert table.open(file.allocation, [], Backend()).address == 4096
     table.release(mapping)
     table.release(mapping)
     assert asked == ["open", "check", "close"]
@@ -136,12 +137,12 @@ def test_uses_the_backend_it_is_given(table, file):
 
 def test_a_failed_opening_leaves_nothing(table, file):
     with pytest.raises(StaleHandle):
-        table.open(msgspec.structs.replace(file.allocation, inode=1), file.fd)
+        table.open(msgspec.structs.replace(file.allocation, inode=1), [file.fd])
     assert len(table) == 0
 
 
 def test_a_buffer_keeps_its_mapping_until_it_is_reaped(table, file):
-    mapping = table.open(file.allocation, file.fd)
+    mapping = table.open(file.allocation, [file.fd])
     buffer = table.buffer(mapping, 10, 5)
     table.release(mapping)
     assert bytes(buffer) == bytes(range(10, 15))
@@ -155,7 +156,7 @@ def test_a_buffer_keeps_its_mapping_until_it_is_reaped(table, file):
 
 @pytest.mark.parametrize(("offset", "nbytes"), [(-1, 1), (0, 0), (0, -1), (8192, 1), (1, 8192), (2**63, 2**63)])
 def test_no_buffer_outside_the_mapping(table, file, offset, nbytes):
-    mapping = table.open(file.allocation, file.fd)
+    mapping = table.open(file.allocation, [file.fd])
     with pytest.raises(InvalidRecord):
         table.buffer(mapping, offset, nbytes)
     table.release(mapping)
@@ -174,7 +175,7 @@ def test_threads_share_one_mapping(table, file):
         start.wait()
         try:
             for _ in range(500):
-                mapping = table.open(file.allocation, file.fd)
+                mapping = table.open(file.allocation, [file.fd])
                 buffer = table.buffer(mapping, number, 1) if source.random() < 0.7 else None
                 table.release(mapping)
                 if source.random() < 0.5:
@@ -207,7 +208,7 @@ class Life(RuleBasedStateMachine):
     @rule(which=st.integers(0, 1))
     def open(self, which):
         file = self.files[which]
-        self.mappings[which].append(self.table.open(file.allocation, file.fd))
+        self.mappings[which].append(self.table.open(file.allocation, [file.fd]))
 
     @precondition(lambda self: any(self.mappings))
     @rule(which=st.integers(0, 1))
@@ -321,7 +322,7 @@ def test_an_import_validates_first(table, file):
 
 
 def test_an_import_takes_only_the_mappings_of_its_manifest(table, file):
-    mapping = table.open(file.allocation, file.fd)
+    mapping = table.open(file.allocation, [file.fd])
     with pytest.raises(InvalidArgument):
         ImportedMemory(file.manifest(), [], table)
     with pytest.raises(InvalidArgument):
@@ -339,7 +340,7 @@ def test_a_forked_child_forgets_without_unmapping(file):
     def body():
         nothing = (len(TABLE), mapped_addresses(NAME), memory.live)
         # A mapping of the child's own, most likely at the very same address.
-        own = TABLE.open(file.allocation, file.fd)
+        own = TABLE.open(file.allocation, [file.fd])
         with pytest.raises(InvalidRecord):
             memory.buffer(1)
         memory.close()
@@ -371,18 +372,18 @@ def test_views_that_die_in_a_forked_child_change_nothing_there(file):
 def test_a_fork_never_falls_between_mapping_and_marking(file):
     mapped, forked = threading.Event(), threading.Event()
 
-    def slow(fd, allocation):
-        opened = HOST.open_allocation(fd, allocation)
-        madvise(opened.address, opened.size, mmap.MADV_DOFORK)
-        mapped.set()
-        # A fork that does not wait for the table would come now; one that waits, only after the timeout.
-        forked.wait(0.3)
-        madvise(opened.address, opened.size, mmap.MADV_DONTFORK)
-        return opened
+    class Slow(HostBackend):
+        def open_allocation(self, allocation, fds):
+            opened = super().open_allocation(allocation, fds)
+            madvise(opened.address, opened.size, mmap.MADV_DOFORK)
+            mapped.set()
+            # A fork that does not wait for the table would come now; one that waits, only after the timeout.
+            forked.wait(0.3)
+            madvise(opened.address, opened.size, mmap.MADV_DONTFORK)
+            return opened
 
-    backend = type(HOST)("slow", HOST.export, HOST.check_descriptor, slow)
     opened, seen = [], []
-    opener = threading.Thread(target=lambda: opened.append(TABLE.open(file.allocation, file.fd, backend)))
+    opener = threading.Thread(target=lambda: opened.append(TABLE.open(file.allocation, [file.fd], Slow())))
     opener.start()
     mapped.wait(60)
     seen.append(in_fork(lambda: (len(TABLE), mapped_addresses(NAME))))

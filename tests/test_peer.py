@@ -20,8 +20,9 @@ from ipc_helpers import child_with_socket, in_fork, shared
 
 from etha.errors import InvalidArgument, OtherNamespace, SystemLimit
 from etha.tensor_bus.ipc import peer as peer_module
+from etha.tensor_bus.ipc.allocations import HostAllocation
 from etha.tensor_bus.ipc.host import export, open_allocation
-from etha.tensor_bus.ipc.manifest import HostAllocation, Manifest
+from etha.tensor_bus.ipc.manifest import Manifest
 from etha.tensor_bus.ipc.observation import Observation
 from etha.tensor_bus.ipc.peer import (
     Peer,

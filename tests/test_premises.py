@@ -9,14 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from harness import Agent, Raised, Worker
 
-from etha.errors import AgentRunning, InvalidArgument, UnsafePath
+from etha.errors import AgentRunning, InvalidArgument, UnsafePath, VersionMismatch
 from etha.tensor_bus.agent import TensorBusAgent
 from etha.tensor_bus.command_queue import CommandQueue
+from etha.tensor_bus.ipc.process import boot_id
 from etha.tensor_bus.lockfile import AgentLock
 from etha.tensor_bus.paths import agent_paths
 from etha.tensor_bus.premises import Premises
-from etha.tensor_bus.state import AGENT_KEY, AgentRecord, StateReader, StateWriter
+from etha.tensor_bus.records import SCHEMA
+from etha.tensor_bus.state import AGENT_KEY, AgentRecord, StateReader
+from etha.tensor_bus.state_writer import StateWriter
 
 
 def start(*arguments: str) -> str:
@@ -122,3 +126,53 @@ def test_a_reader_opens_the_held_state_as_ever(agent, runtime: Path):
     reader = StateReader(agent_paths(0).state)
     assert reader.agent().pid == agent.pid
     reader.close()
+
+
+# -- one of the two databases has gone ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gone", ["command", "state"])
+def test_what_is_left_of_a_pair_is_set_aside_while_somebody_counts_on_it(
+    agent: Agent, owner: Worker, start_agent, runtime: Path, gone: str
+):
+    paths = agent_paths(0)
+    agent.kill()
+    agent.process.wait()
+    owner.do("policy.publish()")  # committed, and so acknowledged
+    lost, left = (paths.command, paths.state) if gone == "command" else (paths.state, paths.command)
+    inode = os.stat(left).st_ino
+    os.unlink(lost)
+    said = start_agent().errors.read_text()
+    assert os.stat(left + ".damaged").st_ino == inode
+    assert not os.path.exists(lost + ".damaged")
+    assert f"{lost} has gone" in said
+    assert said.count("\n") == 1
+    with pytest.raises(Raised, match=r"^StaleHandle:"):
+        owner.do("with policy.update(timeout=20): pass")
+    owner.do("client.close(); client = TensorBusClient(0)")
+    owner.do("client.register_tensors('policy', {'weights': weights}).close()")
+
+
+@pytest.mark.parametrize("gone", ["command", "state"])
+def test_what_is_left_of_a_pair_goes_when_nobody_counts_on_it(
+    agent: Agent, start_worker, start_agent, runtime: Path, gone: str
+):
+    worker = start_worker()
+    agent.kill()
+    agent.process.wait()
+    worker.destroy()
+    os.unlink(getattr(agent_paths(0), gone))
+    successor = start_agent()
+    assert successor.errors.read_text() == ""
+    assert not [name for name in os.listdir(runtime) if name.endswith(".damaged")]
+
+
+def test_a_lone_state_of_another_schema_is_untouched(runtime: Path):
+    state = agent_paths(0).state
+    writer = StateWriter(state)
+    writer.write({AGENT_KEY: AgentRecord(77, boot_id(), 1, 1, SCHEMA + 1, 0, "cpu", "c", 0.0, 0.0, {})})
+    writer.close()
+    before = Path(state).read_bytes()
+    with pytest.raises(VersionMismatch):
+        TensorBusAgent(0)
+    assert Path(state).read_bytes() == before

@@ -188,15 +188,17 @@ error
 """) in ("QueueFull", "AgentTimeout")
     assert agent.process.poll() is None
     os.unlink(small / "filler")
-    worker.do("""
+    found = worker.do("""
 for lease in leases:
     lease.release()
 with policy.update(timeout=20):
     weights.fill_(5)
 with reading.read(min_version=policy.version, timeout=20) as lease:
-    assert lease["weights"][0].item() == 5
+    found = lease["weights"][0].item()
 client.close()
+found
 """)
+    assert found == 5
     assert agent.stop() == 0
     said = agent.errors.read_text()
     assert "nothing can be recorded, so nothing is granted" in said

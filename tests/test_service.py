@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
+from samples import sealed
 
 from etha.errors import QueueFull
-from etha.tensor_bus import clock, commands, journal, packets, wire
+from etha.tensor_bus import claims, clock, commands, journal, packets, wire
 from etha.tensor_bus.command_queue import CommandQueue
-from etha.tensor_bus.ipc.manifest import HostAllocation, Manifest
+from etha.tensor_bus.fencing import Fencing
+from etha.tensor_bus.ipc.allocations import HostAllocation
+from etha.tensor_bus.ipc.backend import HOST
+from etha.tensor_bus.ipc.manifest import Manifest
 from etha.tensor_bus.ipc.peer import Peer
 from etha.tensor_bus.journal import Journal
 from etha.tensor_bus.memory import Backstage
@@ -21,7 +28,8 @@ from etha.tensor_bus.records import encode
 from etha.tensor_bus.registry import Registry
 from etha.tensor_bus.service import Service
 from etha.tensor_bus.sessions import Session
-from etha.tensor_bus.state import StateReader, StateWriter
+from etha.tensor_bus.state import StateReader
+from etha.tensor_bus.state_writer import StateWriter
 
 CLIENT = b"c" * 16
 EMPTY = Manifest((), (), (), {})
@@ -36,7 +44,7 @@ class Desk:
         self.backstage = Backstage()
         registry = Registry()
         self.journal = Journal(self.writer, registry)
-        self.service = Service(self.queue, self.journal, registry, self.backstage)
+        self.service = Service(self.queue, self.journal, registry, self.backstage, Fencing(device=False), lambda: HOST)
         ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self.session = Session(ours, Peer.of(ours), 0.0)
@@ -249,3 +257,118 @@ def test_an_import_that_is_asked_for_again_waits_for_the_memory(desk):
     desk.service._memory_opened(1, None)
     assert [type(each) for each in desk.settle()] == [packets.Imported]
     assert [claim.number for claim in publication.mapped] == [1]
+
+
+# -- what hostile workers brought to light ---------------------------------------------------------------------------
+
+ONE = Manifest((HostAllocation(1, 2, 4096),), (), (), {})
+
+
+@pytest.mark.parametrize("wrong", [{"deadline": math.nan}, {"name": ""}, {"name": "x" * 256}, {"version": -1}])
+def test_a_registration_that_is_refused_keeps_no_room(desk, wrong):
+    """A deadline that is no number was seen only when room was kept and descriptors were promised, for good."""
+    sound = commands.Register("w", ONE, 0, False, 1, clock.now() + 9)
+    assert leaf(desk.command(msgspec.structs.replace(sound, **wrong))) in ("InvalidRecord", "InvalidArgument")
+    assert desk.journal._reserved_bytes == 0
+    assert desk.service._memory._announced == {}
+
+
+def test_a_rebinding_that_is_refused_keeps_no_room(desk):
+    desk.register()
+    before = desk.journal._reserved_bytes
+    desk.ask(packets.Write(1, 1, "w", False, 1, clock.now() + 9))
+    assert leaf(desk.command(commands.Rebind(1, 1, ONE, 1, math.nan))) == "InvalidRecord"
+    assert desk.journal._reserved_bytes == before
+    assert desk.service._memory._announced == {}
+
+
+def test_outcomes_are_told_once_however_often_they_are_asked_for(desk):
+    """One packet could name one command 60,000 times, and got as many answers, in ten megabytes of backlog."""
+    desk.register()
+    asked = (desk.sequence,) * 8000
+    assert len(desk.ask(packets.Reassert((), asked, False))) == 1
+
+
+def test_numbers_that_are_no_claims_are_not_kept(desk):
+    desk.register()
+    desk.ask(packets.Subscribe(7, "w", 1, clock.now() + 9))
+    for first in range(100, 50_000, 5000):
+        desk.ask(packets.Reassert(tuple(range(first, first + 5000)), (), True))
+    desk.ask(packets.Reassert((7,), (), True))
+    assert desk.session.reasserted == {7}
+    desk.ask(packets.Reassert((), (), False))
+    assert len(desk.service.registry.publications[1].mapped) == 1
+
+
+def test_the_bell_of_an_import_that_is_not_named_any_more_is_closed(desk):
+    desk.register()
+    ends = []
+    for number in (7, 8):
+        desk.ask(packets.Subscribe(number, "w", 1, clock.now() + 9))
+        reading, writing = os.pipe2(os.O_NONBLOCK)
+        ends.append(reading)
+        desk.service.packet(desk.session, packets.Bell(number, 0), [writing], clock.now())
+    desk.ask(packets.Reassert((8,), (), False))
+    assert [os.read(ends[0], 1), desk.session._bells.keys()] == [b"", {8}]
+    for end in ends:
+        os.close(end)
+
+
+def test_a_release_ends_no_command(desk):
+    """It would leave behind what belongs to the command, its promised descriptors first of all. `Cancel` does not."""
+    assert desk.command(commands.Register("w", ONE, 0, False, 1, clock.now() + 9)) == []
+    number = claims.command_number(desk.sequence)
+    desk.ask(packets.Release(number))
+    desk.command(commands.Release(number))
+    assert (CLIENT, number) in desk.service.registry.table.claims
+    desk.command(commands.Cancel(claims.command_sequence(number)))
+    assert (CLIENT, number) not in desk.service.registry.table.claims
+    assert desk.service._memory._announced == {}
+
+
+def test_a_claim_bears_its_publications_name_whatever_it_is_called(desk):
+    """By a wrong name a wait would be no part of the search for circles."""
+    desk.register()
+    desk.ask(packets.Write(1, 1, "another name", False, 1, clock.now() + 9))
+    assert desk.service.registry.table.claims[CLIENT, 1].name == "w"
+
+
+@pytest.mark.parametrize("name", ["", "x" * 256, "é" * 128, "x" * 60_000])
+def test_a_name_of_no_publication_is_not_waited_for(desk, name):
+    assert leaf(desk.ask(packets.Subscribe(1, name, 1, clock.now() + 9))) == "InvalidArgument"
+
+
+def test_an_update_that_is_given_back_takes_its_suspending_with_it(desk):
+    """The memory would have been closed outside of every update."""
+    desk.register()
+    desk.ask(packets.Subscribe(2, "w", 1, clock.now() + 9))
+    desk.ask(packets.Write(1, 1, "w", False, 1, clock.now() + 9))
+    assert desk.command(commands.Suspend(1, 1, 1, clock.now() + 9)) == []
+    assert leaf(desk.ask(packets.Release(1))) == "InvalidArgument"
+    desk.ask(packets.Release(2))
+    publication = desk.service.registry.publications[1]
+    assert (publication.phase, publication.moving, publication.memory_closing) == ("ready", None, False)
+
+
+def test_a_suspended_publication_may_end_as_it_is_given_memory_again(desk, caplog):
+    """Both in one turn, as when an owner is killed behind its commit: nothing is left to be moved then."""
+    desk.register()
+    desk.ask(packets.Write(1, 1, "w", False, 1, clock.now() + 9))
+    desk.command(commands.Suspend(1, 1, 1, clock.now() + 9))
+    desk.backstage._opener.submit(int).result(60)
+    assert leaf(desk.settle()) is None
+    desk.queue.put(CLIENT, desk.sequence + 1, encode(commands.Rebind(1, 1, ONE, 1, clock.now() + 9)), clock.now() + 9)
+    desk.service.died(desk.session, clock.now())
+    desk.settle()
+    assert desk.service.registry.publications == {}
+    assert (desk.service.counters["mistakes"], caplog.text) == (0, "")
+
+
+def test_what_a_record_is_not_is_told_in_few_words(desk):
+    """A tag of ten megabytes came back in an outcome of ten, and one of 64 made the state unreadable."""
+    desk.sequence += 1
+    desk.queue.put(CLIENT, desk.sequence, sealed(msgspec.msgpack.encode(["no" * (1 << 20), 1])), clock.now() + 9)
+    desk.service.serve(desk.session, clock.now())
+    (said,) = desk.settle()
+    assert said.failure.leaf == "InvalidRecord"
+    assert len(said.failure.message) < 300

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 
+import gates
 import pytest
 from harness import Agent, Raised, Worker
 
@@ -273,3 +278,85 @@ def test_a_rebinding_of_unknown_outcome_publishes_nothing(owner: Worker, reader:
     owner.do("net.weight.data = before.fill_(3.0); policy.rebind(dict(net.named_parameters()), timeout=10)")
     assert reader.do(VALUE) == (1, 3.0)
     assert owner.do("len(client._link.exports)") == 1
+
+
+class Filtered(Agent):
+    """It may not take descriptors from an owner, so it has to ask for them."""
+
+    command = (
+        sys.executable,
+        "-W",
+        "error",
+        "-c",
+        gates.filtered(gates.PIDFD_GETFD) + "import sys; sys.argv[0] = 'etha'; from etha.cli import main; main()",
+        "agent",
+    )
+
+
+@pytest.fixture
+def start_filtered(runtime: Path, tmp_path: Path) -> Iterator[Callable[[], Agent]]:
+    agents: list[Agent] = []
+
+    def start() -> Agent:
+        agents.append(Filtered(dict(os.environ), tmp_path))
+        return agents[-1]
+
+    yield start
+    for agent in agents:
+        agent.stop()
+
+
+LOST = """
+from etha.tensor_bus.link import Link
+heard = Link.outcome
+def lose(*about):
+    heard(*about)
+    Link.outcome = heard
+    raise etha.errors.AgentGone("the agent is gone")
+Link.outcome = lose
+"""
+
+
+def test_a_rebinding_whose_outcome_went_with_the_agent_is_answered_for(
+    agent: Agent, owner: Worker, reader: Worker, start_worker, start_filtered
+):
+    """What the successor finds on record is what the owner was never told of: it must have its descriptors still."""
+    owner.do(CHANGES["param.data"] + LOST)
+    with raises("AgentGone"):
+        owner.do("policy.rebind(dict(net.named_parameters()))")
+    agent.kill()
+    agent.process.wait()
+    start_filtered()
+    owner.do("policy.readers()")
+    fresh = start_worker(setup="policy = client.subscribe('policy', timeout=10)")
+    with raises("StorageMoved"):
+        owner.do("policy.publish()")
+    owner.do("policy.rebind(dict(net.named_parameters()))")
+    for worker in (reader, fresh):
+        assert worker.do("with policy.read(timeout=20) as w: v = w['weight'][3, 4].item()\nv") == 2.0
+        worker.do("policy.close()")
+    assert owner.do("len(client._link.exports)") == 1
+    assert owner.do("policy.close(timeout=20); len(client._link.exports)") == 0
+
+
+def test_a_closing_that_fails_leaves_it_suspended(agent: Agent, owner: Worker, reader: Worker):
+    """The update in which it was suspended is over by then: a closing waits behind updates."""
+    reader.do("policy.read().release(); policy.close()")
+    owner.do("policy.suspend(timeout=20)")
+    for _ in range(2):
+        agent.kill(signal.SIGSTOP)
+        with raises("AgentTimeout"):
+            owner.do("policy.close(timeout=0.2)")
+        agent.kill(signal.SIGCONT)
+        for call in ("policy.publish()", "policy.update().__enter__()", "policy.rebind(dict(net.named_parameters()))"):
+            with raises("InvalidArgument"):
+                owner.do(call)
+    owner.do("policy.resume(timeout=20)")
+    assert reader.do("policy = client.subscribe('policy', timeout=20)\n" + VALUE) == (1, 1.0)
+    reader.do("policy.close()")
+    owner.do("policy.suspend(timeout=20)")
+    agent.kill(signal.SIGSTOP)
+    with raises("AgentTimeout"):
+        owner.do("policy.close(timeout=0.2)")
+    agent.kill(signal.SIGCONT)
+    owner.do("policy.close(timeout=20)")

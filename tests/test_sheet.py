@@ -7,7 +7,8 @@ from test_anatomy import CLIENT, IMPORT, seen
 
 from etha.cli.anatomy import Anatomy, Look, Owner, Reader, anatomy
 from etha.cli.sheet import lines, printable
-from etha.tensor_bus.ipc.manifest import HostAllocation, Manifest, Storage, TensorSpec
+from etha.tensor_bus.ipc.allocations import HostAllocation
+from etha.tensor_bus.ipc.manifest import Manifest, Storage, TensorSpec
 from etha.tensor_bus.state import ClaimRecord, PublicationRecord, VersionRecord
 
 LONG = "model.layers.31.self_attn.q_proj.weight"

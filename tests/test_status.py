@@ -84,7 +84,8 @@ def test_a_second_agent_is_refused_and_told_the_first_ones_pid(agent):
 
 
 def test_an_unknown_device_is_refused(runtime):
-    assert "host backend only" in etha("agent", "--device", "cuda:0", status=1)
+    assert "CUDA" in etha("agent", "--device", "cuda:4000", status=1)
+    assert "InvalidArgument" in etha("agent", "--device", "tpu", status=1)
     assert os.listdir(runtime) == []
 
 

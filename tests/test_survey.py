@@ -7,7 +7,8 @@ from pathlib import Path
 
 from etha.cli.survey import look
 from etha.tensor_bus import clock
-from etha.tensor_bus.ipc.manifest import HostAllocation, Manifest, Storage, TensorSpec
+from etha.tensor_bus.ipc.allocations import HostAllocation
+from etha.tensor_bus.ipc.manifest import Manifest, Storage, TensorSpec
 from etha.tensor_bus.ipc.process import boot_id, pid_namespace
 from etha.tensor_bus.records import SCHEMA
 from etha.tensor_bus.state import (
@@ -16,13 +17,13 @@ from etha.tensor_bus.state import (
     ClaimRecord,
     MemoryRecord,
     PublicationRecord,
-    StateWriter,
     VersionRecord,
     claim_key,
     memory_key,
     publication_key,
     version_key,
 )
+from etha.tensor_bus.state_writer import StateWriter
 
 MANIFEST = Manifest(
     (HostAllocation(25, 4711, 64),), (Storage(0, 0, 64),), (TensorSpec(0, "float32", (16,), (1,), 0),), {"w": 0}

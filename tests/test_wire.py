@@ -50,9 +50,13 @@ def few_descriptors():
     highest = max(int(name) for name in os.listdir("/proc/self/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 10, hard))
     fillers: list[int] = []
-    with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+
+    def fill() -> None:
         while True:
             fillers.append(os.open("/dev/null", os.O_RDONLY))
+
+    with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+        fill()
     for _ in range(8):
         os.close(fillers.pop())
     yield
@@ -150,8 +154,10 @@ try:
         wire.send(ours, b"x", [0] * 20)
         sent += 1
 except BlockingIOError as error:
-    assert error.errno == 109, error
-assert 1 < sent < 10, sent
+    if error.errno != 109:
+        raise
+if not 1 < sent < 10:
+    raise SystemExit(f"{sent} were sent")
 wire.close_all(wire.receive(theirs)[1])
 wire.send(ours, b"x", [0] * 20)
 """

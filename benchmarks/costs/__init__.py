@@ -7,6 +7,7 @@ From the bottom up; a module imports only what stands above it in this list::
     row           one result: both sides, the ratio, its budget, the verdict
     machine       what it ran on
     processes     forked helpers, an agent and its runtime directory
+    groups        rows that are measured together, and the bar of progress
     bare          the floors: LMDB puts, sends and ping-pongs without etha
     tensors       what is registered
     calls, registering, reading, endings, resting, commandline, handover, growth
@@ -14,6 +15,7 @@ From the bottom up; a module imports only what stands above it in this list::
     catalogue     every row's name, in the order of the report
     report        the table, the JSON file
     plot          the figure
+    program       a run's report: shown, written, drawn
 
 A measuring process starts no thread but those that it measures, and forks its helpers before it makes a client.
 """

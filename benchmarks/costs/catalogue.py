@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final
 
 from costs import calls, commandline, endings, growth, handover, reading, registering, resting
-from costs.pairing import Run
-from costs.row import Row
-
-
-class Group(NamedTuple):
-    """Rows that one function measures."""
-
-    measure: Callable[[Run], list[Row]]
-    rows: tuple[str, ...]
-
+from costs.groups import Group
 
 GROUPS: Final = (
     Group(calls.publish, ("publish",)),
@@ -30,7 +20,7 @@ GROUPS: Final = (
     Group(handover.warm, ("handover-warm-file_descriptor", "handover-warm-file_system")),
     Group(handover.cold, ("handover-cold-file_descriptor", "handover-cold-file_system")),
     Group(reading.read, ("read", "read-private")),
-    Group(reading.copy_into, ("copy-into",)),
+    Group(reading.copy_into, ("copy-into", "copy-into-small")),
     Group(reading.memory, ("memory",)),
     Group(endings.reclaim, ("reclaim-reader", "reclaim-owner")),
     Group(endings.restart, ("restart",)),
@@ -38,19 +28,13 @@ GROUPS: Final = (
     Group(commandline.command_line, ("help", "status", "status-10000")),
     Group(
         growth.ten_thousand,
-        ("register-10000", "subscribe-10000", "read-10000", "publish-10000", "status-10000-survey"),
+        (
+            "register-10000",
+            "subscribe-10000",
+            "read-10000",
+            "publish-10000",
+            "status-10000-survey",
+            "inspect-10000",
+        ),
     ),
 )
-
-
-def chosen(only: list[str]) -> list[Group]:
-    """The groups that these rows are of; all, for no rows.
-
-    Raises:
-        LookupError: there is no such row; its text names those that there are.
-    """
-    known = [name for group in GROUPS for name in group.rows]
-    unknown = [name for name in only if name not in known]
-    if unknown:
-        raise LookupError(f"{unknown[0]!r} is none of: {', '.join(known)}")
-    return [group for group in GROUPS if not only or set(group.rows) & set(only)]

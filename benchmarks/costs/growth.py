@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import time
+from contextlib import ExitStack
+from functools import partial
 from typing import Final
 
 import torch
@@ -17,6 +19,7 @@ from costs.row import Budget, Row, compare
 from costs.spread import medians, spread
 from costs.tensors import parameters
 from etha import TensorBusClient
+from etha.cli.inspect import look_up
 from etha.cli.survey import survey
 
 _SIZES: Final = (100, 1_000, 10_000)
@@ -28,11 +31,19 @@ _REPEATS: Final = 5
 
 
 def ten_thousand(run: Run) -> list[Row]:
-    """Register, subscribe, read and status, each with one publication of so many tensors."""
+    """Register, subscribe, read, publish, status and inspect, each with one publication of so many tensors."""
     sizes = [run.pick(size, 5 * (place + 1)) for place, size in enumerate(_SIZES)]
     taken: dict[str, dict[int, list[list[float]]]] = {step: {size: [] for size in sizes} for step in _WHAT}
     rounds = run.pick(5, 1)
-    with Box() as box, Helper(_survey, str(box.directory / "agent_rank0_state.lmdb")) as surveyor:
+    with ExitStack() as stack:
+        box = stack.enter_context(Box())
+        state = str(box.directory / "agent_rank0_state.lmdb")
+        surveyor = stack.enter_context(Helper(_survey, state))
+        onlooker = Onlooker(
+            stack.enter_context(Helper(_inspect, state)),
+            {size: stack.enter_context(Helper(_own, size)) for size in sizes},
+            stack.enter_context(Helper(_subscribe)),
+        )
         bus = client()
         sets = {size: parameters(size, 64, strategy="file_system") for size in sizes}
         names = (f"number {number}" for number in itertools.count())
@@ -42,6 +53,9 @@ def ten_thousand(run: Run) -> list[Row]:
                 for step, seconds in _steps(bus, surveyor, next(names), sets[size]).items():
                     if number >= 0:
                         taken[step][size].append([seconds])
+                seconds = onlooker.inspect(next(names), size)
+                if number >= 0:
+                    taken["inspect"][size].append([seconds])
             run.step((number + 1) / rounds)
     return [_row(step, sizes, taken[step]) for step in _WHAT]
 
@@ -52,8 +66,32 @@ _WHAT: Final = {
     "read": "a lease, every tensor looked at, released",
     "publish": "publish()",
     "status": "the survey behind etha status",
+    "inspect": "what etha inspect gathers",
 }
-"""Step to what it is. A further step (`etha inspect` belongs here) is a line here and one in `_steps`."""
+"""Step to what it is. A further step is a line here and one in `_steps`; or, as ``inspect``, an actor of its own."""
+
+
+class Onlooker:
+    """`etha inspect` of a publication whose owner and reader have mapped nothing else.
+
+    Not of one of the process that takes the other steps: that keeps every size's tensors mapped, so the look at its
+    /proc/PID/maps would cost as much for 100 of them as for 10,000, and hide what grows.
+    """
+
+    def __init__(self, inspector: Helper, owners: dict[int, Helper], reader: Helper) -> None:
+        self._inspector = inspector
+        self._owners = owners
+        self._reader = reader
+
+    def inspect(self, name: str, size: int) -> float:
+        """Seconds, with a publication of so many tensors, which is gone afterwards."""
+        self._owners[size].ask(name)
+        self._reader.ask(name)
+        time.sleep(_REST)
+        seconds: float = self._inspector.ask([name, size])
+        self._reader.ask(None)
+        self._owners[size].ask(None)
+        return seconds
 
 
 def _steps(bus: TensorBusClient, surveyor: Helper, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -95,6 +133,40 @@ def _survey(talk: Talk, state: str) -> None:
     while True:
         talk.hear()
         talk.say(_undisturbed(clocked(lambda: survey(state))))
+
+
+def _inspect(talk: Talk, state: str) -> None:
+    """The same for the other command; who looked at nothing would be fast."""
+    while True:
+        name, size = talk.hear()
+        (view,) = look_up(name, state_path=state).publications
+        seen = [view.owner.mapped, *(reader.mapped for reader in view.readers)]
+        if len(view.tensors) != size or seen != [size, size]:
+            raise RuntimeError(f"of {size} tensors, {len(view.tensors)} were found, and mapped: {seen}")
+        talk.say(_undisturbed(clocked(partial(look_up, name, state_path=state))))
+
+
+def _own(talk: Talk, size: int) -> None:
+    """Registers its tensors under the name that it hears, and closes them at None."""
+    tensors = parameters(size, 64, strategy="file_system")
+    bus = client()
+    while True:
+        publication = bus.register_tensors(talk.hear(), tensors)
+        talk.say(publication.version)
+        talk.hear()
+        publication.close()
+        talk.say("closed")
+
+
+def _subscribe(talk: Talk) -> None:
+    """Subscribes to the name that it hears, until None."""
+    bus = client()
+    while True:
+        subscription = bus.subscribe(talk.hear())
+        talk.say(subscription.generation)
+        talk.hear()
+        subscription.close()
+        talk.say("closed")
 
 
 def _row(step: str, sizes: list[int], taken: dict[int, list[list[float]]]) -> Row:

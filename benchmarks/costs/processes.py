@@ -138,6 +138,10 @@ class Box:
     that they left there: `multiprocessing` clears up only in a process that ends by itself.
     """
 
+    def __init__(self, device: str = "cpu") -> None:
+        """What the agent is to serve."""
+        self._device = device
+
     def __enter__(self) -> Self:
         self.directory = Path(tempfile.mkdtemp(prefix="etha-bench-"))
         os.environ["ETHA_RUNTIME_DIR"] = str(self.directory)
@@ -167,7 +171,7 @@ class Box:
             RuntimeError: it does not.
         """
         agent = subprocess.Popen(
-            [sys.executable, "-m", "etha", "agent", "--rank", "0"],
+            [sys.executable, "-m", "etha", "agent", "--rank", "0", "--device", self._device],
             stdout=subprocess.PIPE,
             text=True,
             preexec_fn=die_with_parent,

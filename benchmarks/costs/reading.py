@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +19,8 @@ _BYTES: Final = 256 * MIB
 """Eight times what the last-level cache of a usual machine holds."""
 
 _PARTS: Final = 16
+_SMALL_PARTS: Final = 2_000
+_SMALL_BYTES: Final = 4096
 _WATCH_SECONDS: Final = 2e-3
 
 
@@ -60,30 +63,53 @@ def read(run: Run) -> list[Row]:
 
 
 def copy_into(run: Run) -> list[Row]:
-    """`Lease.copy_into`, 16 tensors of 256 MiB in all, beside a bare loop of copies from one's own memory."""
+    """`Lease.copy_into` beside a bare loop of copies from one's own memory: few large tensors, and many small ones."""
     size = run.pick(_BYTES, 4 * MIB) // _PARTS
-    with Box(), Helper(_own, _PARTS, size) as owner:
-        owner.hear()
-        policy = client().subscribe("policy")
-        own = parameters(_PARTS, size)
-        targets = {name: torch.zeros_like(tensor).fill_(0.0) for name, tensor in own.items()}
-
-        def bare() -> None:
-            for name, target in targets.items():
-                target.copy_(own[name])
-
-        with policy.read() as lease:
-            sides = {"etha": clocked(lambda: lease.copy_into(targets)), "floor": clocked(bare)}
-            taken = run.interleave(sides, rounds=15, turns=3, warm=2)
+    large = _copied(run, _PARTS, size, run.pick(15, 2))
+    small = _copied(Run(run.quick), run.pick(_SMALL_PARTS, 50), _SMALL_BYTES, run.pick(15, 2))
     return [
         compare(
-            "copy-into",
-            "copy_into(), 16 tensors of 16 MiB",
+            name,
+            what,
             **taken,
             floor_is="a loop of copy_() from one's own",
             budget=Budget("even", 1.02, "at memory speed, within the spread"),
         )
+        for name, what, taken in (
+            ("copy-into", "copy_into(), 16 tensors of 16 MiB", large),
+            ("copy-into-small", "copy_into(), 2,000 tensors of 4 KiB", small),
+        )
     ]
+
+
+def _copied(run: Run, count: int, nbytes: int, rounds: int) -> dict[str, list[list[float]]]:
+    """Both sides, round by round, each round with memory that neither has had before.
+
+    Which pages a side was given decides some percent of its bandwidth, for as long as it has them: with the same pages
+    throughout, that is a bias of the run, and no round shows another.
+    """
+    taken: dict[str, list[list[float]]] = {"etha": [], "floor": []}
+    with Box(), Helper(_own_anew, count, nbytes) as owner:
+        bus = client()
+        for number in range(rounds):
+            owner.ask()
+            subscription = bus.subscribe("policy")
+            own = parameters(count, nbytes)
+            targets = {name: torch.zeros_like(tensor).fill_(0.0) for name, tensor in own.items()}
+
+            def bare(own: dict[str, torch.Tensor] = own, targets: dict[str, torch.Tensor] = targets) -> None:
+                for name, target in targets.items():
+                    target.copy_(own[name])
+
+            with subscription.read() as lease:
+                sides = {"etha": clocked(partial(lease.copy_into, targets)), "floor": clocked(bare)}
+                once = Run(run.quick).interleave(sides, rounds=1, turns=4, warm=2)
+            for side, found in once.items():
+                taken[side] += found
+            subscription.close()
+            owner.ask()
+            run.step((number + 1) / rounds)
+    return taken
 
 
 def memory(run: Run) -> list[Row]:
@@ -139,6 +165,18 @@ def _own(talk: Talk, count: int, nbytes: int) -> None:
     talk.hear()
 
 
+def _own_anew(talk: Talk, count: int, nbytes: int) -> None:
+    """Registers new tensors whenever it is spoken to, and closes them when it is again."""
+    bus = client()
+    while True:
+        talk.hear()
+        publication = bus.register_tensors("policy", parameters(count, nbytes))
+        talk.say(publication.version)
+        talk.hear()
+        publication.close()
+        talk.say("closed")
+
+
 def _own_for_memory(talk: Talk, nbytes: int) -> None:
     tensors = parameters(1, nbytes)
     bus = client()
@@ -174,12 +212,12 @@ def _watch(talk: Talk) -> None:
     """From hearing pids until hearing more, the most that was used above the start: by the box, and by these."""
     while True:
         pids = talk.hear()
-        before = peak = (_used(), _own_use(pids))
+        before = peak = (used(), _own_use(pids))
         talk.say("started")
         stop = False
         while not stop:
             stop = _asked(talk)
-            peak = (max(peak[0], _used()), max(peak[1], _own_use(pids)))
+            peak = (max(peak[0], used()), max(peak[1], _own_use(pids)))
         talk.hear()
         talk.say([peak[0] - before[0], peak[1] - before[1]])
 
@@ -189,7 +227,7 @@ def _asked(talk: Talk) -> bool:
     return talk.waiting()
 
 
-def _used() -> int:
+def used() -> int:
     """What the box uses, in bytes.
 
     Not what is missing from MemFree: pages that a core keeps to give out next are not free there, and that is hundreds

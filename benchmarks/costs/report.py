@@ -21,6 +21,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         quick: a run whose numbers mean nothing.
         method: how ratios and spreads are made.
         machine: what it ran on.
+        setup: what was chosen for this run, by name.
         load_after: as in ``uptime``, at the end.
         seconds: how long it took.
         rows: in order.
@@ -31,6 +32,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     quick: bool
     method: str
     machine: Machine
+    setup: dict[str, str | float] = {}
     load_after: tuple[float, float, float]
     seconds: float
     verdicts: dict[str, str]

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 def agent(
     rank: Annotated[int | None, typer.Option(min=0, help="Rank to serve. [default: RANK, else 0]")] = None,
-    device: Annotated[str, typer.Option(help="What to serve; this build has the host backend (cpu).")] = "cpu",
+    device: Annotated[str, typer.Option(help="What to serve: cpu, or a GPU, as this process counts: cuda:0.")] = "cpu",
     command_queue: Annotated[str | None, typer.Option(metavar="PATH", help="Its command LMDB.")] = None,
     state: Annotated[str | None, typer.Option(metavar="PATH", help="Its state LMDB.")] = None,
     parent: Annotated[

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import msgspec
 
 from etha.cli.survey import phase_of
-from etha.tensor_bus.ipc.manifest import ITEMSIZE, Allocation, Manifest
+from etha.tensor_bus.ipc.allocations import Allocation, HostAllocation, pieces
+from etha.tensor_bus.ipc.manifest import ITEMSIZE, Manifest
 from etha.tensor_bus.state import ClaimRecord, ClientRecord, PublicationRecord, VersionRecord
 
 Ranges = tuple[tuple[int, int], ...]
@@ -94,16 +95,20 @@ class AllocationView(msgspec.Struct, frozen=True):
     """What is shared as a whole.
 
     Attributes:
-        kind: of its handle: ``"host"``.
-        device, inode: the file that it is.
+        kind: of its handle: ``"host"``, ``"cuda-legacy"`` or ``"cuda-fd"``.
+        device, inode: the file that it is; None for memory of a device.
+        gpu: UUID of the device that it lies on, hexadecimal; None for host memory.
+        descriptors: how many it takes to open it.
         holders: the processes that were seen to have it mapped or open.
     """
 
     number: int
     kind: str
     nbytes: int
-    device: int
-    inode: int
+    device: int | None
+    inode: int | None
+    gpu: str | None
+    descriptors: int
     holders: tuple[Holding, ...]
 
 
@@ -253,8 +258,12 @@ def _allocation(number: int, allocation: Allocation, looks: dict[int, tuple[str,
         descriptors = look.descriptors[number] if number < len(look.descriptors) else ()
         if mappings or descriptors:
             holders.append(Holding(role, pid, tuple(mappings), tuple(descriptors)))
+    holding = tuple(holders)
     kind = str(allocation.__struct_config__.tag)
-    return AllocationView(number, kind, allocation.size, allocation.device, allocation.inode, tuple(holders))
+    count = len(pieces(allocation))
+    if isinstance(allocation, HostAllocation):
+        return AllocationView(number, kind, allocation.size, allocation.device, allocation.inode, None, count, holding)
+    return AllocationView(number, kind, allocation.size, None, None, allocation.device.hex(), count, holding)
 
 
 def _storages(manifest: Manifest) -> tuple[StorageView, ...]:

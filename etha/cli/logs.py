@@ -74,6 +74,15 @@ class JsonFormatter(logging.Formatter):
         return msgspec.json.encode(line).decode()
 
 
+class TextFormatter(logging.Formatter):
+    """One line per record, whatever a worker has put into its message; a traceback of ours follows in its own lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line, of which a terminal or a reader of lines has nothing to fear."""
+        line = super().formatMessage(record)
+        return line if line.isprintable() else "".join(map(_shown, line))
+
+
 class AsideHandler(logging.Handler):
     """Writes to a stream in a thread of its own, which waits for the stream so that no one else does."""
 
@@ -138,7 +147,7 @@ def configure(level: Level, *, json: bool) -> None:
         json: as `Line`; else as text. An exception that ends the process is then a line too.
     """
     handler = AsideHandler(sys.stderr)
-    text = logging.Formatter("etha agent: %(asctime)s %(levelname)s: %(message)s")
+    text = TextFormatter("etha agent: %(asctime)s %(levelname)s: %(message)s")
     handler.setFormatter(JsonFormatter() if json else text)
     number = logging.getLevelNamesMapping()[level.name]
     logging.basicConfig(level=max(number, logging.WARNING), handlers=[handler])
@@ -149,6 +158,10 @@ def configure(level: Level, *, json: bool) -> None:
 
 def _log_the_last(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     logger.critical("the agent ends: %s: %s", kind.__name__, error, exc_info=(kind, error, trace))
+
+
+def _shown(letter: str) -> str:
+    return letter if letter.isprintable() else letter.encode("unicode_escape").decode()
 
 
 def _encodable(text: str) -> str:

@@ -88,9 +88,14 @@ def _claim(claim: ClaimView) -> str:
 
 def _allocations(allocations: Sequence[AllocationView]) -> Iterator[str]:
     for each in allocations:
-        file = f"inode {each.inode} of device {os.major(each.device)}:{os.minor(each.device)}"
-        yield f"  #{each.number} · {each.kind} · {each.nbytes} bytes · {file}"
+        yield f"  #{each.number} · {each.kind} · {each.nbytes} bytes · {_place(each)}"
         yield from map(_holding, each.holders)
+
+
+def _place(each: AllocationView) -> str:
+    if each.device is None:
+        return f"on {each.gpu}" + (f", {each.descriptors} chunks" if each.descriptors else "")
+    return f"inode {each.inode} of device {os.major(each.device)}:{os.minor(each.device)}"
 
 
 def _holding(holding: Holding) -> str:

@@ -2,24 +2,27 @@
 
 From the bottom up; a module imports only what stands above it in this list::
 
-    ipc                                    memory of another process: records, host backend, mappings, views
+    ipc                                    memory of another process: records, backends, mappings, views
     clock, paths, records                  deadlines; where files are; how records become bytes
     environments, lockfile                 LMDB files, once per process; who serves a path
-    commands, command_queue, state         what workers ask; what the agent knows
+    commands, command_queue, state,        what workers ask; what the agent knows
+      state_writer
     packets, wire                          what crosses the connection, and how
     claims, claim_table, waiting,          the rules: pure, no I/O
       verdicts, access, naming, settling,
       registry
-    pending, channel, bell, line,          a worker's end of the connection, from one agent to the next
-      connection, reach, finding, link
+    client_device, pending, channel,       a worker's end of the connection, from one agent to the next
+      bell, line, connection, reach,
+      finding, endings, link
     copying, lease, mapped, subscription,  what a user holds
       shared, update, publication,
       tracer, client, bootstrap, local
-    pages, examination, premises,          the agent itself
-      sessions, switchboard, front_door, memory,
-      chronicle, journal, claimants,
-      orders, requests, service,
-      recovery, reception, agent
+    sessions, fencing, switchboard,        the agent itself
+      front_door, held, memory, chronicle,
+      journal, claimants, orders,
+      requests, service, recovery,
+      pages, examination, premises,
+      reception, agent
 """
 
 from etha.tensor_bus.bootstrap import BootstrapInfo as BootstrapInfo

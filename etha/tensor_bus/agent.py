@@ -22,8 +22,12 @@ import msgspec
 
 from etha.errors import EthaError, InvalidArgument, InvalidRecord, SystemLimit
 from etha.tensor_bus import clock, packets, wire
-from etha.tensor_bus.command_queue import CommandQueue
+from etha.tensor_bus.command_queue import CLIENT_ID_BYTES, CommandQueue
+from etha.tensor_bus.fencing import Fencing
 from etha.tensor_bus.front_door import FrontDoor
+from etha.tensor_bus.ipc import devices
+from etha.tensor_bus.ipc.backend import HOST, Backend
+from etha.tensor_bus.ipc.cuda_backend import CudaBackend, device_of
 from etha.tensor_bus.journal import Journal
 from etha.tensor_bus.lockfile import AgentLock
 from etha.tensor_bus.memory import Backstage, raise_descriptor_limit
@@ -34,7 +38,8 @@ from etha.tensor_bus.recovery import Recovered, recover
 from etha.tensor_bus.registry import Registry
 from etha.tensor_bus.service import Service
 from etha.tensor_bus.sessions import Session
-from etha.tensor_bus.state import AGENT_KEY, AgentRecord, StateReader, StateWriter
+from etha.tensor_bus.state import AGENT_KEY, AgentRecord, StateReader
+from etha.tensor_bus.state_writer import StateWriter
 from etha.tensor_bus.switchboard import Switchboard
 
 logger = logging.getLogger(__name__)
@@ -66,31 +71,29 @@ class TensorBusAgent:
 
         Args:
             rank: of this agent, >= 0.
-            device: what it serves: ``"cpu"``, torch's shared memory.
+            device: what it serves: ``"cpu"``, torch's shared memory; ``"cuda:0"``, as this process counts them.
             lmdb_command_queue_path, agent_state_lmdb_path: its files, where not those of the convention.
 
         Raises:
             AgentRunning: another agent serves this path, or has this state; ``holder`` names it.
             VersionMismatch: an agent of another record schema has left workers there. Nothing was touched.
             UnsafePath: a file or directory that others could have planted, or that is no agent's. It is untouched.
-            InvalidArgument: the device is not one that this build serves, or two files would be one.
+            InvalidArgument: the device is none that this process sees, or not that of the workers there, or two files
+                would be one.
+            DriverError: there is no CUDA driver, or it refuses.
             SystemLimit: the files cannot be made.
         """
-        if device != "cpu":
-            raise InvalidArgument(
-                f"this build has the host backend only; it cannot serve {device!r}.",
-                resource="device",
-                remedy="Say --device cpu.",
-            )
+        identity = devices.identity_of(device)
         self.rank = rank
         self.paths = agent_paths(rank, lmdb_command_queue_path, agent_state_lmdb_path)
         raise_descriptor_limit()
         self._premises = Premises(self.paths)
         with ExitStack() as undo:
-            self._lock = AgentLock(self.paths.lock, rank, device)
+            self._lock = AgentLock(self.paths.lock, rank, identity)
             undo.callback(self._give_up_lock)
             inherits = self._premises.take_over(self._lock.previous)
             undo.callback(self._premises.leave, remove=not inherits)
+            self._require_same_device(inherits)
             self._queue = CommandQueue(self.paths, create=True)
             undo.callback(self._queue.close)
             self._premises.hold(self.paths.command)
@@ -102,7 +105,11 @@ class TensorBusAgent:
             self._journal = Journal(self._writer, self._registry)
             self._backstage = Backstage()
             undo.callback(self._backstage.close)
-            self._service = Service(self._queue, self._journal, self._registry, self._backstage)
+            uuid = devices.uuid_of(identity)
+            self._fencing = Fencing(device=uuid is not None)
+            undo.callback(self._fencing.close)
+            backend = partial(_backend, uuid)
+            self._service = Service(self._queue, self._journal, self._registry, self._backstage, self._fencing, backend)
             self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             undo.callback(os.close, self._stop)
             self._stopping = False
@@ -130,6 +137,16 @@ class TensorBusAgent:
         """Give the path up again. Where a predecessor's lock file stood, one stays: its workers may live."""
         self._lock.release(remove=self._lock.previous is None)
 
+    def _require_same_device(self, inherits: bool) -> None:
+        previous = self._lock.previous
+        if inherits and previous is not None and previous.device != self._lock.text.device:
+            raise InvalidArgument(
+                f"the workers at {self.paths.command} share memory of {previous.device}, not of"
+                f" {self._lock.text.device}.",
+                resource="device",
+                remedy="Serve that device, use another rank, or end those workers.",
+            )
+
     def _recover(self) -> Recovered:
         """What the predecessor recorded, and that there is a successor, before any worker can ask."""
         reader = StateReader(self.paths.state)
@@ -137,6 +154,9 @@ class TensorBusAgent:
             found = recover(reader.everything(), self._registry, self._journal, self._started)
         finally:
             reader.close()
+        for client in self._registry.table.clients.values():
+            self._fencing.keep(client.slot)
+            client.fenced = not self._fencing.needed
         self._journal.put(AGENT_KEY, self._record(self._started, {}))
         self._journal.commit(self._started)
         return found
@@ -172,21 +192,25 @@ class TensorBusAgent:
             if fd in self._board.by_pidfd:
                 self._reception.guarded(self._board.by_pidfd[fd], self._reception.died, now)
         for fd, mask in events:
-            if fd == self._door.fileno():
+            session = self._board.by_socket.get(fd)
+            if session is not None:
+                if mask & select.EPOLLOUT:
+                    self._reception.guarded(session, self._send_on, now)
+                self._reception.guarded(session, self._talk, now)
+            elif fd == self._door.fileno():
                 self._admit(now)
             elif fd == self._backstage.fileno():
                 self._backstage.results()
             elif fd == self._stop:
                 self._stopping = True
-            elif fd in self._board.by_socket:
-                self._reception.guarded(self._board.by_socket[fd], partial(self._talk, mask), now)
         if now >= self._next_look:
             self._look(now)
         if now >= self._next_heartbeat:
             self._heartbeat(now)
         service.registry.judge(beginners, now)
         service.registry.expire(now)
-        service.settle(now)
+        # Put off once only: else workers that begin to wait in every turn would keep the others' news from the state.
+        service.settle(now, unjudged=service.registry.table.beginning and not beginners)
         self._watch_backlogs(now)
 
     def _patience(self) -> float:
@@ -209,10 +233,11 @@ class TensorBusAgent:
                 self._reception.cut(next(iter(self._board.strangers.values())), now)
             self._board.admit(session)
 
-    def _talk(self, mask: int, session: Session, now: float) -> None:
-        if mask & select.EPOLLOUT:
-            session.flush()
-            self._board.arm(session)
+    def _send_on(self, session: Session, _: float) -> None:
+        session.flush()
+        self._board.arm(session)
+
+    def _talk(self, session: Session, now: float) -> None:
         for _ in range(_PACKETS_PER_TURN):
             if session.sock is None:
                 return
@@ -249,21 +274,22 @@ class TensorBusAgent:
         if isinstance(packet, packets.Hello) != (session.client == b""):
             wire.close_all(fds)
             raise InvalidRecord("a greeting comes first, and once.", resource="Hello")
-        if not isinstance(packet, packets.Hello | packets.Goodbye):
+        if isinstance(packet, packets.Hello):
+            wire.close_all(fds)
+            self._reception.welcome(session, packet, now)
+        elif isinstance(packet, packets.Goodbye):
+            wire.close_all(fds)
+            self._reception.left(session, now)
+        else:
             self._service.packet(session, packet, fds, now)
-            return
-        wire.close_all(fds)
-        self._reception.welcome(session, packet, now) if isinstance(packet, packets.Hello) else self._reception.left(
-            session, now
-        )
 
     def _watch_backlogs(self, now: float) -> None:
-        for session in list(self._board.by_socket.values()):
+        for session in [each for each in self._board.by_socket.values() if each.failed or each.backlog]:
             if session.stuck:
                 if not session.failed:
                     logger.warning("%s does not read; its connection is cut", session.peer.label)
                 self._reception.guarded(session, self._reception.cut, now)
-            elif session.backlog:
+            else:
                 if session.choked:
                     self._next_look = min(self._next_look, now + _CHOKED_SECONDS)
                 self._board.arm(session)
@@ -299,6 +325,8 @@ class TensorBusAgent:
         for session in self._board.by_socket.values():
             if session.choked:
                 session.flush()
+        if self._fencing.needed:
+            self._registry.look_for_readers(self._fencing.reached, now)
         if not self._lock.still_ours():
             logger.error("%s was removed under this agent; it stops", self.paths.lock)
             self._stopping = True
@@ -333,6 +361,13 @@ class TensorBusAgent:
         if self._lock.still_ours():
             self._premises.leave(remove=not workers)
         self._premises.close()
+        self._fencing.close()
         self._lock.release(remove=not workers)
         stop, self._stop = self._stop, -1  # last: until here a second signal may come
         os.close(stop)
+
+
+def _backend(uuid: bytes | None) -> Backend:
+    """How this process opens memory. On a device that makes a context, so it is asked for off the loop, with the first
+    tensor; the agent owns no memory of its own."""
+    return HOST if uuid is None else CudaBackend(device_of(uuid), bytes(CLIENT_ID_BYTES))

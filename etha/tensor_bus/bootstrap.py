@@ -30,7 +30,7 @@ class BootstrapInfo:
         agent_rank: rank of the agent.
         global_rank: ``RANK``, else ``LOCAL_RANK``, else 0.
         rank_offset: the offset that was added; None with the ``"direct"`` method.
-        device: this process's name for the agent's device; ``"cpu"`` on the host backend.
+        device: this process's name for the agent's device: ``"cpu"``, ``"cuda:0"``.
         command_queue_path: the command LMDB.
         state_path: the state LMDB.
         method: ``"direct"`` by ``AGENT_RANK``, ``"offset"`` by ``LOCAL_RANK``.

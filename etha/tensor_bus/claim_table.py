@@ -29,7 +29,8 @@ class Failed(NamedTuple):
 
 
 class OpenMemory(NamedTuple):
-    """Open a publication's allocations, then call `Registry.opened` or `Registry.open_failed`."""
+    """Open a publication's allocations, then call `Registry.opened` or `Registry.open_failed`. Of one that could not be
+    recovered: try again, then call `Registry.recovered` or `Registry.unrecovered`."""
 
     generation: int
 
@@ -105,10 +106,11 @@ class ClaimTable:
 
     def add(self, claim: Claim) -> None:
         """A claim has arrived."""
+        key = claim.id
         claim.order = next(self._orders)
-        self.claims[claim.id] = claim
-        self.clients[claim.client].claims.add(claim.id)
-        self.dirty.claims.add(claim.id)
+        self.claims[key] = claim
+        self.clients[claim.client].claims.add(key)
+        self.dirty.claims.add(key)
 
     def of_client(self, client: bytes) -> list[Claim]:
         """Everything that a client waits for or holds."""
@@ -121,12 +123,17 @@ class ClaimTable:
 
     def begin(self, claim: Claim) -> None:
         """The claim has been looked at once; if it was not granted or refused, `Registry.judge` is to see it."""
-        if self.waits(claim):
+        if not claim.granted and claim in self:
             self._beginners.append(claim)
 
     def waits(self, claim: Claim) -> bool:
         """Whether the claim is neither granted nor over."""
         return not claim.granted and claim in self
+
+    @property
+    def beginning(self) -> bool:
+        """Whether `take_beginners` has something to give."""
+        return bool(self._beginners)
 
     def take_beginners(self) -> list[Claim]:
         """What began to wait since the last call, in order."""

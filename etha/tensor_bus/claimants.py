@@ -7,6 +7,8 @@ from typing import Final, TypedDict
 
 from etha.errors import AgentTimeout, InvalidArgument, InvalidRecord
 from etha.tensor_bus import claims
+from etha.tensor_bus.commands import MAX_NAME_BYTES
+from etha.tensor_bus.ipc.fence import RELEASED
 from etha.tensor_bus.sessions import Session
 
 NUMBER_LIMIT: Final = 1 << 63
@@ -52,6 +54,34 @@ def require_number(what: str, number: int) -> None:
         raise InvalidArgument(
             f"{what} {number} is out of range.", resource=what, remedy=f"Give a {what} from 0 to 2**63 - 1."
         )
+
+
+def require_fence(fence: int) -> int:
+    """A point of a client's work, as it says it.
+
+    Raises:
+        InvalidRecord: no number that a fence can reach.
+    """
+    if not 0 <= fence < RELEASED:
+        raise InvalidRecord(f"{fence} is no value of a fence.", resource="fence")
+    return fence
+
+
+def require_name(name: str) -> None:
+    """Refuse what cannot name a publication. (A record holds no text that is not UTF-8.)
+
+    Raises:
+        InvalidArgument: it is empty, or longer than `MAX_NAME_BYTES`.
+    """
+    if not 0 < len(name.encode()) <= MAX_NAME_BYTES:
+        raise InvalidArgument(
+            f"{name!r:.80} is no name of 1 to {MAX_NAME_BYTES} bytes of UTF-8.", resource="name", remedy="Give another."
+        )
+
+
+def is_request(number: int) -> bool:
+    """Whether a claim of this number is a request's. A command's is ended by `Cancel`, with all that belongs to it."""
+    return 0 < number < NUMBER_LIMIT
 
 
 def require_in_time(what: str, name: str, deadline: float, now: float) -> None:

@@ -13,6 +13,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Final
 
+from etha.errors import EthaError
 from etha.tensor_bus.ipc.manifest import Manifest
 
 Actor = tuple[int, int]
@@ -90,7 +91,11 @@ class ImpossibleTransition(Exception):
 
 @dataclass(slots=True, eq=False)
 class Client:
-    """A worker's client: a connection, and the process behind it; ``started`` is when, in clock ticks since boot."""
+    """A worker's client: a connection, and the process behind it; ``started`` is when, in clock ticks since boot.
+
+    ``slot`` is its own in the agent's fences; ``fenced``: points of its work that were told before are to be found
+    there. Those of a predecessor's client are not, until it has come back.
+    """
 
     id: bytes
     pid: int
@@ -98,6 +103,8 @@ class Client:
     since: float
     started: int = 0
     connected: bool = True
+    slot: int = 0
+    fenced: bool = True
     claims: set[ClaimId] = field(default_factory=set)
     publications: set[int] = field(default_factory=set)
 
@@ -112,7 +119,7 @@ class Claim:
     """What all claims have.
 
     Attributes:
-        client, number: its identity.
+        client, number: its identity, together the ``id``.
         actor, label: the thread that asked, and its process for people.
         name: the publication's name.
         generation: the publication; 0 while it waits for one to exist.
@@ -133,10 +140,10 @@ class Claim:
     order: int = 0
     granted: bool = False
     judged: bool = False
+    id: ClaimId = field(init=False)
 
-    @property
-    def id(self) -> ClaimId:
-        return (self.client, self.number)
+    def __post_init__(self) -> None:
+        self.id = (self.client, self.number)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -184,6 +191,7 @@ class Registration(Claim):
     manifest: Manifest
     version: int
     replace: bool = False
+    fence: int = 0
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -206,6 +214,9 @@ class Closing(Claim):
     """An owner's wish to have its memory back for good."""
 
 
+_EXCLUSIVE: Final = (Update, Closing)
+
+
 @dataclass(slots=True, eq=False)
 class Publication:
     """One generation of one name.
@@ -217,10 +228,15 @@ class Publication:
         rest: the phase it returns to when what is going on is withdrawn.
         writes: how many updates have begun.
         guarded: False when ``version`` was published without excluding readers.
+        fence: the point of the owner's work behind which ``version`` is whole.
+        after: clients that have read it since the last update, with the points of their work behind which they read no
+            more: the next update's work comes after those.
         memory_open: the agent has, or is opening, mappings of its own.
         memory_closing: it has been told to close them.
         layout, sequence: of the manifest: its number, and the command that brought it.
         recovering: its owner lives, and this agent, which is new, has not opened its memory yet.
+        fault: why it could not, at the last attempt; None if there was none, or it is open.
+        retrying: another attempt is under way.
         suspended: no one has its memory mapped, and it is its owner's for now.
         registration: not answered yet: its memory is being opened.
         moving: not answered yet: a rebinding or a suspending, in the update that writes.
@@ -242,11 +258,15 @@ class Publication:
     rest: Phase = Phase.READY
     writes: int = 0
     guarded: bool = True
+    fence: int = 0
+    after: dict[bytes, int] = field(default_factory=dict)
     memory_open: bool = True
     memory_closing: bool = False
     layout: int = 1
     sequence: int = 0
     recovering: bool = False
+    fault: EthaError | None = None
+    retrying: bool = False
     suspended: bool = False
     registration: Registration | None = None
     moving: Rebinding | Suspending | None = None
@@ -297,7 +317,7 @@ class Publication:
         """True while an update, a closing or a suspending waits."""
         if self.phase is Phase.CLOSING or isinstance(self.moving, Suspending):
             return True
-        return any(isinstance(claim, Update | Closing) for claim in self.queue)
+        return bool(self.queue) and any(isinstance(claim, _EXCLUSIVE) for claim in self.queue)
 
     def wanted_changed(self) -> bool:
         """Whether `wanted` is not what it was at the last call."""
@@ -315,6 +335,11 @@ class Publication:
     def waiting_updates(self) -> list[Update]:
         """The updates that wait, in order."""
         return [claim for claim in self.queue if isinstance(claim, Update)]
+
+    def recovered(self) -> None:
+        """Its memory is open, or needs to be no more."""
+        self.recovering = self.retrying = False
+        self.fault = None
 
     def lend(self, claim: Lease) -> None:
         """Turn a waiting read into a lease on the newest version."""

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 from etha.errors import AgentGone, ClientClosed, InvalidArgument
 from etha.tensor_bus import clock, tracer
-from etha.tensor_bus.commands import Register
+from etha.tensor_bus.commands import MAX_NAME_BYTES, Register
 from etha.tensor_bus.connection import Connection
 from etha.tensor_bus.finding import device_name, find_agent
-from etha.tensor_bus.ipc.backend import backend_for
 from etha.tensor_bus.link import Link, Ticket
 from etha.tensor_bus.paths import agent_paths
 from etha.tensor_bus.publication import Publication
@@ -24,8 +23,6 @@ from etha.tensor_bus.subscription import Subscription
 if TYPE_CHECKING:
     import torch
 
-MAX_NAME_BYTES = 255
-
 
 class TensorBusClient:
     """A connection to the agent of one rank. A context manager; safe across threads; several in a process work.
@@ -35,7 +32,7 @@ class TensorBusClient:
     Attributes:
         agent_rank: the agent's rank.
         agent_pid: its pid.
-        device: what it serves: ``"cpu"`` on the host backend.
+        device: what it serves, by this process's name: ``"cpu"``, ``"cuda:0"``.
     """
 
     def __init__(
@@ -59,9 +56,9 @@ class TensorBusClient:
         """
         self.agent_rank = agent_rank
         paths = agent_paths(agent_rank, lmdb_command_queue_path, agent_state_lmdb_path)
-        connection, text = reach(paths, agent_rank, connection_timeout)
+        connection, _ = reach(paths, agent_rank, connection_timeout)
         self.agent_pid = connection.agent.pid
-        self.device = text.device
+        self.device = connection.device.name
         self.command_queue_path = paths.command
         self.state_path = paths.state
         try:
@@ -93,12 +90,13 @@ class TensorBusClient:
         of the lowest rank is taken.
 
         Args:
-            device: ``"cpu"``, or a `torch.device`.
+            device: ``"cpu"``, ``"cuda:1"`` as this process counts them, or a `torch.device`.
             connection_timeout: seconds to wait for such an agent, and to connect; else as above.
 
         Raises:
             NoAgent: none serves it; ``resource`` is the device, and the text says which agents there are.
-            InvalidArgument: no device.
+            InvalidArgument: no device, or none that this process sees.
+            DriverError: it is a GPU, and there is no CUDA driver.
             AgentStopped, AgentGone, UnsafePath: as above.
         """
         name, deadline = device_name(device), clock.deadline_after(connection_timeout)
@@ -125,7 +123,8 @@ class TensorBusClient:
 
         Args:
             name: of the publication, at most 255 bytes of UTF-8.
-            tensors: name to tensor. CPU tensors must be in torch shared memory (``module.share_memory()``).
+            tensors: name to tensor on the agent's device. CPU tensors must be in torch shared memory
+                (``module.share_memory()``). On a GPU an array that offers DLPack (CuPy's) will do.
             version: the version that they hold now, >= 0.
             replace: take the name over from a publication of this same process.
             timeout: seconds to wait for the agent, and for the name's former owner to be gone.
@@ -136,6 +135,8 @@ class TensorBusClient:
             InvalidArgument: a name, version or timeout out of range.
             SystemLimit: out of descriptors or mappings; on either side.
             AgentTimeout, AgentGone, QueueFull: the agent or its queue.
+            StreamCapturing: the current stream is being captured into a CUDA graph.
+            DriverError: the CUDA driver refuses.
         """
         self._require_usable()
         _check_name(name)
@@ -144,13 +145,16 @@ class TensorBusClient:
                 f"version={version!r} is no version.", resource="version", remedy="Versions are >= 0."
             )
         deadline = clock.deadline_after(timeout)
-        exporter = backend_for(self.device).export
-        export = exporter(tensors)
         link, ticket = self._link, Ticket()
-        record = Register(name, export.manifest, version, replace, threading.get_native_id(), deadline)
+        exporter = link.device.backend.export
+        link.device.order.require_open()
+        export = exporter(tensors)
+        record = Register(
+            name, export.manifest, version, replace, threading.get_native_id(), deadline, link.device.order.mark()
+        )
         publication: Publication | None = None
         try:
-            link.command(ticket, record, deadline, answered=True)
+            link.command(ticket, record, deadline, answered=True, ring=False)
             link.exports[ticket.sequence] = export
             link.send_descriptors(ticket.sequence, export.fds, deadline + clock.grace(timeout))
             generation = link.outcome(ticket, deadline, timeout).generation

@@ -11,6 +11,8 @@ from typing import Final
 
 from etha.errors import InvalidArgument
 
+_NUMBER: Final = (int, float)
+
 MAX_TIMEOUT: Final = 1_000_000
 """Seconds, eleven days: with its `grace` still what poll(2) takes, which counts milliseconds in 31 bits."""
 
@@ -26,7 +28,7 @@ def deadline_after(timeout: float) -> float:
     Raises:
         InvalidArgument: ``timeout`` is no number from 0 to `MAX_TIMEOUT`.
     """
-    if not isinstance(timeout, int | float) or not 0 <= timeout <= MAX_TIMEOUT:
+    if not isinstance(timeout, _NUMBER) or not 0 <= timeout <= MAX_TIMEOUT:
         raise InvalidArgument(
             f"timeout={timeout!r} is not a number of seconds from 0 to {MAX_TIMEOUT}.",
             resource="timeout",

@@ -14,6 +14,9 @@ import msgspec
 from etha.tensor_bus.ipc.manifest import Manifest
 from etha.tensor_bus.records import Codec
 
+MAX_NAME_BYTES: Final = 255
+"""Bytes of a publication's name in UTF-8. It stands in every claim, and in most errors."""
+
 
 class Register(msgspec.Struct, frozen=True, array_like=True, tag="register"):
     """Share memory under a name. Answered; the descriptors follow on the connection.
@@ -25,6 +28,7 @@ class Register(msgspec.Struct, frozen=True, array_like=True, tag="register"):
         replace: take the name over from a publication of the same process.
         thread: native id of the calling thread, for the search for cycles of waiting.
         deadline: ``CLOCK_BOOTTIME`` seconds.
+        fence: the point of the owner's work behind which that version is whole; 0: it is.
     """
 
     name: str
@@ -33,6 +37,7 @@ class Register(msgspec.Struct, frozen=True, array_like=True, tag="register"):
     replace: bool
     thread: int
     deadline: float
+    fence: int = 0
 
 
 class Publish(msgspec.Struct, frozen=True, array_like=True, tag="publish"):
@@ -42,11 +47,13 @@ class Publish(msgspec.Struct, frozen=True, array_like=True, tag="publish"):
         generation: the publication.
         version: the new version, larger than every one before.
         update: number of the update that this ends; 0 for a plain publish.
+        fence: the point of the owner's work behind which the version is whole; 0: it is.
     """
 
     generation: int
     version: int
     update: int
+    fence: int = 0
 
 
 class Abandon(msgspec.Struct, frozen=True, array_like=True, tag="abandon"):
@@ -104,9 +111,11 @@ class Release(msgspec.Struct, frozen=True, array_like=True, tag="release"):
 
     Attributes:
         number: of the claim.
+        fence: as in `etha.tensor_bus.packets.Release`.
     """
 
     number: int
+    fence: int = 0
 
 
 class Leave(msgspec.Struct, frozen=True, array_like=True, tag="leave"):

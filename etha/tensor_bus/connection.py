@@ -24,6 +24,7 @@ from typing import Final
 from etha.errors import EthaError, ForkedClient, InvalidRecord, SystemLimit
 from etha.tensor_bus import clock, packets, wire
 from etha.tensor_bus.channel import Channel
+from etha.tensor_bus.client_device import ClientDevice
 from etha.tensor_bus.line import Line
 from etha.tensor_bus.pending import Pending
 
@@ -38,17 +39,26 @@ class Connection(Line):
     """An authenticated connection, from one agent to the next. Safe across threads.
 
     Attributes:
+        device: what the client shares memory on.
         unasked: generation to failure of a command that nobody waited for.
         on_wanted: sends the descriptors of a command of this client again, as an agent that has none asks for; returns
             whether that is done with.
         shares: sequences of the commands of which descriptors may be asked for.
     """
 
-    def __init__(self, channel: Channel, welcome: packets.Welcome, dial: Callable[[bytes], Channel]) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        welcome: packets.Welcome,
+        dial: Callable[[bytes], Channel],
+        device: ClientDevice,
+    ) -> None:
         super().__init__(channel, welcome, dial)
+        self.device = device
         self.unasked: dict[int, EthaError] = {}
         self.on_wanted: Callable[[int], bool] = lambda sequence: True
         self.shares: Callable[[], Iterable[int]] = tuple
+        self._unasked_for: set[int] = set()
         self._sent_anew: set[int] = set()
         self._pending: dict[int, Pending] = {}
         self._given_up: set[int] = set()
@@ -72,6 +82,9 @@ class Connection(Line):
 
     def forget(self, pending: Pending) -> None:
         """Wait for this reply no more."""
+        if pending.reply is not None:
+            self._pending.pop(pending.key, None)
+            return
         with self._lock:
             self._pending.pop(pending.key, None)
             if pending.reply is None:
@@ -87,24 +100,29 @@ class Connection(Line):
         """
         try:
             while True:
+                if pending.lost:
+                    raise _out_of_descriptors()
+                reply = pending.reply
+                if reply is not None:
+                    return reply
                 with self._lock:
-                    if pending.lost:
-                        raise _out_of_descriptors()
-                    if pending.reply is not None:
-                        return pending.reply
                     self.require_usable()
                     pending.waiting = True
-                    pending.wake.clear()
                     if self._receiver is None:
                         self._receiver = pending
-                if clock.now() >= deadline:
+                    if self._receiver is not pending:
+                        pending.listen()
+                left = deadline - clock.now()
+                if left <= 0:
                     raise self._silent()
                 if self._receiver is not pending:
-                    pending.wake.wait(min(clock.remaining(deadline), _TAKE_OVER_SECONDS))
+                    # Looked at again: its reply may have come before it listened.
+                    if pending.reply is None and not pending.lost:
+                        pending.sleep(min(left, _TAKE_OVER_SECONDS))
                 elif self._lost:
                     self.restore(deadline)
                 else:
-                    self._receive_for(pending, deadline)
+                    self._receive(left)
         finally:
             # Before the lock, whose taking can be interrupted. Two receivers do no harm, one that has left would.
             pending.waiting = False
@@ -113,7 +131,8 @@ class Connection(Line):
             with self._lock:
                 if self._receiver is None:
                     self._close_channels(current=self._closed)
-                    self._wake_one()
+                    if len(self._pending) > 1:
+                        self._wake_one()
 
     def drain(self) -> None:
         """Take in what has arrived, and look for a successor of an agent that is gone; without waiting."""
@@ -131,20 +150,17 @@ class Connection(Line):
             self.restore(0.0)
         self._answer_wanted()
 
-    def _receive_for(self, pending: Pending, deadline: float) -> None:
-        channel = self._channel
+    def _receive(self, seconds: float) -> None:
+        """Wait for one packet, and take it in."""
         poll = select.poll()
-        poll.register(channel.sock, select.POLLIN)
-        while pending.reply is None and not pending.lost and channel is self._channel and not self._lost:
-            left = clock.remaining(deadline)
-            if left <= 0:
-                return
-            if poll.poll(left * 1000 + 1):
+        poll.register(self._channel.sock, select.POLLIN)
+        if poll.poll(seconds * 1000 + 1):
+            try:
                 with self._lock:
-                    try:
-                        self._take_one()
-                    except BlockingIOError:
-                        continue
+                    self._take_one()
+            except BlockingIOError:
+                return
+            if self._wanted or self.device.unheard:
                 self._answer_wanted()
 
     def _take_one(self) -> None:
@@ -177,13 +193,14 @@ class Connection(Line):
             key = -packet.sequence
             pending = self._pending.get(key)
             again = packet.sequence in self._heard  # a successor tells what its predecessor told
-            if not again:
+            if packet.sequence and not again:
                 self._heard.append(packet.sequence)
             if pending is None and packet.failure is not None and key not in self._given_up and not again:
                 self.unasked[packet.generation] = packet.failure.error()
         elif isinstance(packet, packets.Welcome):
             key, pending = 0, None
             self.epoch = packet.epoch
+            self.device.offer(packet, self._mail.descriptors())
             self.on_return(self.agent.pid)
         elif isinstance(packet, packets.Wanted):
             key, pending = 0, None
@@ -200,8 +217,9 @@ class Connection(Line):
             self._mail.close()
             return
         self._mail.move_first(pending.mail)
+        pending.heard(packet)
         if pending.reply is not None:
-            pending.wake.set()
+            pending.wake()
 
     def _lose_descriptors(self, packet: packets.FromAgent) -> None:
         """The packet came without some of its descriptors: whoever waits for them is told, and no one else."""
@@ -209,22 +227,27 @@ class Connection(Line):
         pending = self._pending.get(packet.number) if isinstance(packet, packets.Descriptors) else None
         if pending is not None:
             pending.lost = True
-            pending.wake.set()
+            pending.wake()
 
     def _wake_one(self) -> None:
         for pending in list(self._pending.values()):
             if pending.waiting:
-                pending.wake.set()
+                pending.wake()
                 return
 
     def _answer_wanted(self) -> None:
-        """Outside of the lock: the agent is new, and has asked for descriptors again."""
+        """Outside of the lock: the agent is new, has fences of its own, and has asked for descriptors again."""
+        self.device.carry_on(lambda packet, fds: self.send(packet, 0.0, fds))
         while self._wanted and self._end is None:
             try:
                 sequence = self._wanted[0]
-                if sequence not in self._sent_anew and not self.on_wanted(sequence):
+                if sequence in self._sent_anew:
+                    self._sent_anew.discard(sequence)  # asked before it had come; once more, and it has been lost
+                elif not self.on_wanted(sequence):
                     return
-                self._sent_anew.add(sequence)
+                elif sequence in self._unasked_for:
+                    self._unasked_for.discard(sequence)
+                    self._sent_anew.add(sequence)
                 self._wanted.remove(sequence)
             except (IndexError, ValueError):
                 return  # another thread sent them too
@@ -243,13 +266,14 @@ class Connection(Line):
         self._sent_anew.clear()
         self._wanted.clear()
         self._wanted.extend(self.shares())
+        self._unasked_for = set(self._wanted)
         for pending in list(self._pending.values()):
             if pending.reply is None:
                 pending.mail.close()
 
     def _wake_all(self) -> None:
         for pending in list(self._pending.values()):
-            pending.wake.set()
+            pending.wake()
 
     # -- ends -------------------------------------------------------------------------------------
 

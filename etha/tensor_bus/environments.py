@@ -91,6 +91,13 @@ class Environment:
             self._suspect = self._suspect or isinstance(error, lmdb.Error)
         self.close()
 
+    def superseded(self) -> bool:
+        """Whether another file stands at the path now. What has merely been removed is still the newest."""
+        try:
+            return not os.path.samestat(os.stat(self.path), self.inodes[0])
+        except FileNotFoundError:
+            return False
+
     def _open_again_if_broken(self) -> None:
         try:
             self.env.begin().abort()

@@ -2,7 +2,12 @@
 
 LMDB maps its file: where that is cut short or damaged, a look at it can end the process that looks (SIGBUS), or lead it
 round in circles; a write can do worse (`pages`). So a child goes through every page and every record of both files,
-with a deadline, and says in one line what it found. Only then does the agent open them itself.
+with a deadline, and says in one line what it found. What the records say is tried as well: it rehearses a recovery
+from them (`recovery`), so that what would end every agent that starts ends the child. Only then does the agent open the
+files itself.
+
+Of two files one may have gone: somebody tidied up. The other is read all the same, for its schema, and for whoever
+counts on it.
 
 Used by the agent, before it has any other thread, and by ``etha status`` and ``etha inspect``.
 """
@@ -22,8 +27,11 @@ from etha.errors import EthaError, InvalidRecord
 from etha.tensor_bus import clock, pages
 from etha.tensor_bus.command_queue import CommandQueue
 from etha.tensor_bus.environments import open_environment
+from etha.tensor_bus.ipc.peer import Peer
+from etha.tensor_bus.ipc.process import boot_id
 from etha.tensor_bus.paths import AgentPaths
 from etha.tensor_bus.records import SCHEMA
+from etha.tensor_bus.recovery import rehearse
 from etha.tensor_bus.state import MAP_SIZE, ClientRecord, StateReader
 
 _SECONDS: Final = 30.0
@@ -34,7 +42,7 @@ class Finding(msgspec.Struct, frozen=True):
     """What the child saw.
 
     Attributes:
-        damage: why the files cannot be used, or None.
+        damage: why the files cannot be used although somebody may count on them, or None.
         boot: boot id of the agent that wrote them; empty if it wrote nothing.
         schema: its record schema.
         clients: workers that it knew.
@@ -93,20 +101,20 @@ def _apart(look: Callable[[], Finding]) -> Finding:
 
 def _look(paths: AgentPaths) -> Finding:
     try:
-        for path in paths:
-            _check_pages(path)
-        state = StateReader(paths.state)
-        agent = state.agent()
-        if agent is not None and agent.schema != SCHEMA:
-            return Finding(None, agent.boot, agent.schema)
-        records = state.everything()
-        queue = CommandQueue(paths)
-        for client in queue.clients():
-            queue.commands_of(client, 0)
+        for path in (paths.command, paths.state):
+            if os.path.lexists(path):
+                _check_pages(path)
+        found, workers = _look_at_state(paths) if os.path.lexists(paths.state) else (Finding(), 0)
+        if found.schema not in (0, SCHEMA):
+            return found
+        commands = _look_at_queue(paths) if os.path.lexists(paths.command) else 0
     except (EthaError, lmdb.Error, pages.Damage, OSError) as error:
         return Finding(damage=str(error))
-    clients = sum(isinstance(record, ClientRecord) for record in records.values())
-    return Finding(None, agent.boot if agent else "", agent.schema if agent else 0, clients)
+    if workers and not os.path.lexists(paths.command):
+        return Finding(damage=f"{paths.command} has gone, and {workers} workers that live are on record")
+    if commands and not os.path.lexists(paths.state):
+        return Finding(damage=f"{paths.state} has gone, and {commands} commands stand in the queue")
+    return found
 
 
 def _check_pages(path: str) -> None:
@@ -117,6 +125,33 @@ def _check_pages(path: str) -> None:
             pages.check(path)
     finally:
         environment.close()
+
+
+def _look_at_state(paths: AgentPaths) -> tuple[Finding, int]:
+    """What is found there, and how many workers are on record whose process lives."""
+    state = StateReader(paths.state)
+    agent = state.agent()
+    if agent is not None and agent.schema != SCHEMA:
+        return Finding(None, agent.boot, agent.schema), 0
+    records = state.everything()
+    rehearse(records, clock.now())
+    clients = [record for record in records.values() if isinstance(record, ClientRecord)]
+    found = Finding(None, agent.boot if agent else "", agent.schema if agent else 0, len(clients))
+    return found, sum(map(_lives, clients)) if found.boot == boot_id() else 0
+
+
+def _lives(client: ClientRecord) -> bool:
+    try:
+        Peer.known(client.pid, client.started).close()
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _look_at_queue(paths: AgentPaths) -> int:
+    """How many commands stand in it."""
+    queue = CommandQueue(paths)
+    return sum(len(queue.commands_of(client, 0)) for client in queue.clients())
 
 
 def _hear(reading: int, child: int) -> Finding:

@@ -4,8 +4,7 @@ Only lock files are read: nothing is connected, and no LMDB file is touched. An 
 user, PID namespace and schema, can be talked to; of those that serve the device, the lowest rank is taken. The others
 are named where none is found.
 
-`serves` alone decides what "serves the device" means. For the host it is the name; where a device has an identity of
-its own, it is compared there.
+`serves` alone decides what "serves the device" means: that it is the same device, whatever either process calls it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from etha.errors import EthaError, InvalidArgument, NoAgent
 from etha.tensor_bus import clock
-from etha.tensor_bus.ipc import process
+from etha.tensor_bus.ipc import devices, process
 from etha.tensor_bus.lockfile import LockState, LockText, read_lock
 from etha.tensor_bus.paths import AgentPaths, agent_paths, locks_by_convention, runtime_directory
 from etha.tensor_bus.records import SCHEMA
@@ -44,9 +43,9 @@ def device_name(device: str | torch.device) -> str:
     return "cpu" if text.partition(":")[0] == "cpu" else text
 
 
-def serves(agent: LockText, device: str) -> bool:
-    """Whether an agent serves the device of this name in this process."""
-    return agent.device == device
+def serves(agent: LockText, identity: str) -> bool:
+    """Whether an agent serves this device."""
+    return agent.device == identity
 
 
 def find_agent(device: str, deadline: float) -> tuple[int, AgentPaths]:
@@ -58,7 +57,10 @@ def find_agent(device: str, deadline: float) -> tuple[int, AgentPaths]:
 
     Raises:
         NoAgent: there is none; ``resource`` is the device, and the text says which agents there are.
+        InvalidArgument: this process sees no such device.
+        DriverError: it is a CUDA device, and there is no driver.
     """
+    identity = devices.identity_of(device)
     while True:
         others: list[str] = []
         for rank in locks_by_convention():
@@ -71,7 +73,7 @@ def find_agent(device: str, deadline: float) -> tuple[int, AgentPaths]:
             if lock is None:
                 continue  # it has ended since the directory was listed
             hindrance = _hindrance(lock)
-            if hindrance is None and lock.text is not None and serves(lock.text, device):
+            if hindrance is None and lock.text is not None and serves(lock.text, identity):
                 return rank, paths
             others.append(f"rank {rank} ({hindrance or 'serves ' + (lock.text.device if lock.text else '?')})")
         if clock.now() + _PAUSE_SECONDS >= deadline:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 
@@ -37,7 +37,6 @@ from etha.tensor_bus.state import (
     OutcomeRecord,
     PublicationRecord,
     ServedRecord,
-    StateWriter,
     VersionRecord,
     claim_key,
     client_key,
@@ -71,10 +70,18 @@ _KINDS: Final[dict[type[Claim], str]] = {
 }
 
 
+class Writer(Protocol):
+    """What is written to: a `StateWriter`, but for rehearsals."""
+
+    def write(self, changes: Mapping[bytes, msgspec.Struct | None]) -> None: ...
+
+    def oldest_reader(self) -> str | None: ...
+
+
 class Journal:
     """Collects one turn's changes and commits them. Used by the control loop only."""
 
-    def __init__(self, writer: StateWriter, registry: Registry) -> None:
+    def __init__(self, writer: Writer, registry: Registry) -> None:
         self._writer = writer
         self._registry = registry
         self._changes: dict[bytes, msgspec.Struct | None] = {}
@@ -194,17 +201,19 @@ class Journal:
             self._changes[claim_key(*claim_id)] = None if claim is None else _claim_record(claim)
         for generation in dirty.publications:
             self._collect_publication(generation, now)
-        recorded = {made_by for made_by, _ in self._recorded.values()}
-        for claim_id in dirty.claims & self._reserved.keys():
-            if claim_id not in table.claims and claim_id not in recorded:
-                self._free(claim_id)
+        ended = [claim_id for claim_id in dirty.claims & self._reserved.keys() if claim_id not in table.claims]
+        if ended:
+            recorded = {made_by for made_by, _ in self._recorded.values()}
+            for claim_id in ended:
+                if claim_id not in recorded:
+                    self._free(claim_id)
         for client_id in dirty.clients:
             client = table.clients.get(client_id)
             if client is None:
                 self.forget_client(client_id)
             else:
                 self._changes[client_key(client_id)] = ClientRecord(
-                    client.pid, client.label, client.started, client.connected, client.since
+                    client.pid, client.label, client.started, client.connected, client.since, client.slot
                 )
 
     def _collect_publication(self, generation: int, now: float) -> None:
@@ -274,4 +283,6 @@ def _version_record(publication: Publication, now: float) -> VersionRecord:
         rest=publication.rest.value,
         recovering=publication.recovering,
         suspended=publication.suspended,
+        fence=publication.fence,
+        after=tuple(publication.after.items()),
     )

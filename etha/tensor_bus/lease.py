@@ -1,8 +1,8 @@
 """A lease: one version of a publication, in place, until it is given back.
 
-It is a context manager and a mapping from name to tensor. The tensors alias the owner's memory and are mapped
-read-only: a write through them ends the process with SIGSEGV. They stay valid memory after the lease, for as long as
-anyone keeps them, but from then on the owner may write while they are read.
+It is a context manager and a mapping from name to tensor. The tensors alias the owner's memory. That of the host is
+mapped read-only: a write through them ends the process with SIGSEGV. They stay valid memory after the lease, for as
+long as anyone keeps them, but from then on the owner may write while they are read.
 
 A lease ends at ``with``'s end, at `release`, or when it is collected (then with a `ResourceWarning`). It belongs to
 the thread that took it as far as the search for deadlocks goes; any thread may release it.
@@ -10,15 +10,17 @@ the thread that took it as far as the search for deadlocks goes; any thread may 
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from etha.errors import LeaseReleased, OwnerDiedError, TornError
+from etha.errors import LeaseReleased, LeaseTimeout, OwnerDiedError, StaleHandle, TornError
 from etha.tensor_bus import clock, packets
 from etha.tensor_bus.claims import Phase
 from etha.tensor_bus.copying import copy_tensors
+from etha.tensor_bus.ipc.order import wait_until_reached
 from etha.tensor_bus.link import Link
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ class Lease(Mapping[str, "torch.Tensor"]):
         self._generation = generation
         self._number = number
         self._writes = 0
+        self._slot = 0
+        self._stream = 0
         self._tensors: Mapping[str, torch.Tensor] = {}
 
     def _hold(self, reply: packets.Leased, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -52,9 +56,13 @@ class Lease(Mapping[str, "torch.Tensor"]):
         self.version = reply.version
         self.guarded = reply.guarded
         self._writes = reply.writes
+        self._slot = reply.slot
         self._tensors = tensors
+        if self._link.device.ordered:
+            self._stream = self._link.device.order.stream()
 
     def _give_back(self) -> None:
+        """Before anybody has seen a tensor of it."""
         self._link.connection.tell(packets.Release(self._number))
         self._held = False
         self._tensors = {}
@@ -82,24 +90,36 @@ class Lease(Mapping[str, "torch.Tensor"]):
 
     @property
     def wanted(self) -> bool:
-        """True when someone waits for this lease: an update, or the owner's closing. Costs a look at the state."""
+        """True when someone waits for this lease, an update or the owner's closing; and when the agent knows nothing of
+        it any more. Costs a look at the state."""
         self._require_held()
-        record = self._link.state.version(self._generation)
+        record = None if self._link.state.superseded() else self._link.state.version(self._generation)
         return record is None or record.wanted or record.writes != self._writes
 
     def check(self) -> None:
         """Make sure that what was read until now was one version.
 
-        On host memory this process's own work is done when its call returns, so nothing is waited for.
+        Waits for this process's own work on the lease, as far as it was given to the stream on which that was taken,
+        and to this thread's current one. On host memory it is done when its call returns.
 
         Raises:
+            LeaseTimeout: that work is not done within the client's ``connection_timeout``. Nothing is known yet.
             TornError: a write began since the lease was granted: it was revoked, or its owner died writing.
             OwnerDiedError: the publication is gone, and whether it was whole cannot be told.
             AgentGone: so is the agent, and none has followed within the client's ``connection_timeout``.
+            StaleHandle: one has followed that knows nothing of the lease: whether it was whole cannot be told.
             LeaseReleased: the lease is over.
         """
         self._require_held()
+        if self._link.device.ordered:
+            self._await_own_work()
         self._link.connection.ensure_agent(clock.now() + self._link.patience)
+        if self._link.state.superseded():
+            raise StaleHandle(
+                f'the agent that granted the lease on "{self.name}" has gone, and what it knew is lost.',
+                resource=self.name,
+                remedy="Discard what was read, make a new client, and subscribe again.",
+            )
         record = self._link.state.version(self._generation)
         if record is None:
             raise OwnerDiedError(
@@ -122,14 +142,16 @@ class Lease(Mapping[str, "torch.Tensor"]):
     ) -> None:
         """Copy tensors of this version into ``targets``, cast where dtypes differ.
 
+        From device to device it is queued on the current stream, as the lease's end will be, and returns at once.
+
         Args:
             targets: a module (its parameters and buffers), or name to tensor: any view to be written.
             names: only these; None for all.
             strict: refuse names that only one side has.
 
         Raises:
-            InvalidArgument: a name is missing or unexpected, or a shape differs; ``resource`` names the tensor.
-                Nothing has been copied then.
+            InvalidArgument: a name is missing or unexpected, a shape differs, or a target is expanded or not strided;
+                ``resource`` names the tensor. Nothing has been copied then.
             LeaseReleased: the lease is over.
         """
         self._require_held()
@@ -138,9 +160,8 @@ class Lease(Mapping[str, "torch.Tensor"]):
     def release(self) -> None:
         """Give the version back. A second time does nothing."""
         if self._held:
-            self._link.release(
-                self._number
-            )  # before it is forgotten here: an interrupt in between lets it be told again
+            # Before it is forgotten here: an interrupt in between lets it be told again.
+            self._link.release(self._number, self._link.device.order.mark(self._stream))
             self._held = False
             self._tensors = {}
 
@@ -155,7 +176,7 @@ class Lease(Mapping[str, "torch.Tensor"]):
 
     def __del__(self) -> None:
         if self._held and self._link.connection.usable:
-            self._give_back()
+            self._link.endings.lease_dropped(self._number, self._stream)
             warnings.warn(
                 f'a lease on version {self.version} of "{self.name}" was collected, not released',
                 ResourceWarning,
@@ -166,6 +187,22 @@ class Lease(Mapping[str, "torch.Tensor"]):
     def __repr__(self) -> str:
         state = "held" if self._held else "released"
         return f'<Lease on version {self.version} of "{self.name}", {state}>'
+
+    def _await_own_work(self) -> None:
+        order = self._link.device.order
+        if not wait_until_reached(order, order.mark(self._stream), clock.now() + self._link.patience, clock.now):
+            raise LeaseTimeout(
+                f'this process\'s own work on version {self.version} of "{self.name}" is not done yet.',
+                resource=self.name,
+                holder=f"pid {os.getpid()}",
+                remedy="Check again when it is, or connect with a longer connection_timeout.",
+            )
+        if order.abandoned(self._slot):
+            raise OwnerDiedError(
+                f'the owner of "{self.name}" has died, perhaps before version {self.version} was whole.',
+                resource=self.name,
+                remedy="Discard what was read, and subscribe again.",
+            )
 
     def _require_held(self) -> None:
         if not self._held:

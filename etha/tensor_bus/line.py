@@ -3,7 +3,9 @@
 A `Line` goes through several channels. When one ends, the line is *lost*: what has to arrive is kept, and whoever needs
 an agent tries to reach one, with pauses that grow. A new channel begins with `Hello`, which names the client, and with
 all that the client still holds or waits for; so what was lost with the old one is made up for, whichever side lost it.
-All of that is sent before any other thread sees the channel, and without waiting for the welcome.
+All of that is sent before any other thread sees the channel, and without waiting for the welcome. Where the socket has
+no room for all of it (hundreds of bells), the next attempt goes on where this one had to stop: one that began anew each
+time might never come to the end.
 
 No lock is held while waiting, and no thread is started.
 """
@@ -43,6 +45,9 @@ _LONGEST_PAUSE: Final = 0.25
 _NUMBERS_PER_PACKET: Final = 6000
 """Of nine bytes each: a packet has 64 KiB."""
 
+_Opening = tuple[bytes, Bell | None]
+"""What is said on a new channel: a packet, and the bell whose pipe goes with it."""
+
 
 class Line:
     """One client's way to its agents. Safe across threads.
@@ -73,6 +78,8 @@ class Line:
         self._restoring = threading.Lock()
         self._pause = _FIRST_PAUSE
         self._next_try = 0.0
+        self._half_begun: Channel | None = None
+        self._unsaid: deque[_Opening] = deque()
 
     # -- what the upper half adds -----------------------------------------------------------------
 
@@ -119,7 +126,7 @@ class Line:
 
     def require_own_process(self) -> None:
         """Raise `ForkedClient` in a child that inherited this; an agent that is gone is no matter here."""
-        if self.forked:
+        if self._end is not None and self.forked:
             self.require_usable()
 
     # -- sending ----------------------------------------------------------------------------------
@@ -161,6 +168,10 @@ class Line:
         """
         self._send(encode(packet), deadline, lambda: fds)
 
+    def send_encoded(self, data: bytes, deadline: float) -> None:
+        """`send`, of a packet that was encoded for another reason too."""
+        self._send(data, deadline, None)
+
     def send_bell(self, number: int, bell: Bell, deadline: float) -> None:
         """Give the agent the bell of an import, through a pipe of its own for each agent; and its successors.
 
@@ -173,9 +184,10 @@ class Line:
         finally:
             bell.hand_over()
 
-    def _send(self, data: bytes, deadline: float, fds: Callable[[], Sequence[int]]) -> None:
+    def _send(self, data: bytes, deadline: float, fds: Callable[[], Sequence[int]] | None) -> None:
         while True:
-            self.require_usable()
+            if self._end is not None:
+                self.require_usable()
             if self._lost:
                 if clock.now() >= deadline:
                     raise self._silent()
@@ -183,8 +195,9 @@ class Line:
                 continue
             channel = self._channel
             try:
-                self._flush(channel)
-                wire.send(channel.sock, data, fds())
+                if self._unsent:
+                    self._flush(channel)
+                wire.send(channel.sock, data, () if fds is None else fds())
                 return
             except BlockingIOError:
                 self._wait_for_room(channel, deadline)
@@ -258,7 +271,12 @@ class Line:
         self._next_try = clock.now() + self._pause
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
         try:
-            made.extend(map(self._dial, (self.client,)))
+            if self._half_begun is None:
+                self._unsaid.clear()
+                made.extend(map(self._dial, (self.client,)))
+            else:
+                made.append(self._half_begun)
+                self._half_begun = None
             self._swap(made)
         except (NoAgent, AgentStopped, AgentGone, InvalidRecord, SystemFault, OSError):
             return
@@ -269,13 +287,17 @@ class Line:
         self._pause = _FIRST_PAUSE
 
     def _swap(self, made: list[Channel]) -> None:
-        """Begin the new channel, and go on with it."""
+        """Say on the new channel what is to be said first, or what is left of that; once all is said, go on with it."""
         with self._lock:
             if self._end is not None:
                 return
-            channel = made[0]
-            for data, fds in self._beginning():
-                wire.send(channel.sock, data, fds)
+            if not self._unsaid:
+                self._unsaid.extend(self._beginning())
+            try:
+                self._begin(made[0])
+            except BlockingIOError:
+                self._half_begun = made.pop()
+                return
             for bell in list(self.bells.values()):
                 bell.hand_over()
             self._begin_anew()
@@ -284,21 +306,28 @@ class Line:
             self._lost = False
         self._wake_all()
 
-    def _beginning(self) -> Iterator[tuple[bytes, Sequence[int]]]:
+    def _begin(self, channel: Channel) -> None:
+        while self._unsaid:
+            data, bell = self._unsaid[0]
+            try:
+                wire.send(channel.sock, data, () if bell is None else (bell.renew(),))
+            except ValueError:  # another thread has just closed the bell
+                pass
+            self._unsaid.popleft()
+            self._pause = _FIRST_PAUSE  # the agent reads: the next attempt, if one is needed, will come further
+
+    def _beginning(self) -> Iterator[_Opening]:
         claims = sorted(self.claims)
         commands = sorted({*self.commands, *self._awaited()})
         longest = max(len(claims), len(commands), 1)
         for first in range(0, longest, _NUMBERS_PER_PACKET // 2):
             last = first + _NUMBERS_PER_PACKET // 2
             some = packets.Reassert(tuple(claims[first:last]), tuple(commands[first:last]), last < longest)
-            yield encode(some), ()
+            yield encode(some), None
         for data in self._asked():
-            yield data, ()
+            yield data, None
         for number, bell in list(self.bells.items()):
-            try:
-                yield encode(packets.Bell(number, bell.seen)), [bell.renew()]
-            except ValueError:
-                continue  # another thread has just closed it
+            yield encode(packets.Bell(number, bell.seen)), bell
 
     def ensure_agent(self, deadline: float) -> None:
         """Wait until there is an agent.
@@ -365,3 +394,5 @@ class Line:
             self._retired.pop().close()
         if current:
             self._channel.close()
+            if self._half_begun is not None:
+                self._half_begun.close()

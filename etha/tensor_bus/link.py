@@ -11,16 +11,15 @@ import logging
 import os
 import threading
 import weakref
-from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from etha.errors import AgentGone, AgentTimeout, EthaError, InvalidArgument
 from etha.tensor_bus import clock, packets
 from etha.tensor_bus.command_queue import CommandQueue, take
 from etha.tensor_bus.commands import Cancel, Command, Leave, Release
 from etha.tensor_bus.connection import Connection
-from etha.tensor_bus.ipc.mapping import TABLE, ImportedMemory
+from etha.tensor_bus.endings import Endings
 from etha.tensor_bus.paths import AgentPaths
 from etha.tensor_bus.pending import Pending
 from etha.tensor_bus.records import encode
@@ -34,6 +33,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _RING: Final = encode(packets.RingForCommands())
+_WORK_SECONDS: Final = 1.0
+"""How long a client that closes waits for device work of its own that others may wait for."""
+
 _CANCEL_SECONDS: Final = 0.05
 """How long a caller that gives up waits to say so. Then it is said at its client's next call."""
 
@@ -53,19 +55,13 @@ class Ticket:
         self.pending: Pending | None = None
 
 
-class _Ended(NamedTuple):
-    """An import, or only its memory, that is over, and what the agent hears once no tensor of it is left."""
-
-    number: int
-    memory: ImportedMemory | None
-    packet: packets.Release | packets.Unmapped
-
-
 class Link:
     """One client's way to its agent. Safe across threads.
 
     Attributes:
         patience: seconds that a call without a timeout of its own waits for the queue.
+        device: what it shares memory on.
+        endings: what is over and not told yet.
         exports: sequence of the command that brought it to what this client shares.
     """
 
@@ -73,6 +69,7 @@ class Link:
 
     def __init__(self, connection: Connection, paths: AgentPaths, patience: float) -> None:
         self.connection = connection
+        self.device = connection.device
         self.queue = CommandQueue(paths)
         try:
             self.state = _state_of(connection, paths)
@@ -87,8 +84,7 @@ class Link:
         self._served = 0
         self._owed: dict[int, Any] = {}
         self._pinned: dict[int, Any] = {}
-        self._closing: dict[int, _Ended] = {}
-        self._dropped: deque[_Ended] = deque()
+        self.endings = Endings(connection, self.release)
         self.exports: dict[int, Export] = {}
         me = weakref.ref(self)  # which the connection must not keep alive
         connection.on_wanted = lambda sequence: (link := me()) is None or link._send_again(sequence)
@@ -111,12 +107,11 @@ class Link:
             EthaError: refused, or not answered in time. Then, and when interrupted, the claim is given back.
         """
         connection = self.connection
-        deadline = packet.deadline + clock.grace(timeout)
-        pending = Pending(number, encode(packet))
+        deadline, pending = packet.deadline + clock.grace(timeout), Pending(number, encode(packet))
         try:
             connection.claims.add(number)
             connection.expect(pending)
-            connection.send(packet, deadline)
+            connection.send_encoded(pending.asked, deadline)
             reply = connection.wait(pending, deadline)
             if isinstance(reply, packets.Refused):
                 raise reply.failure.error()
@@ -127,19 +122,23 @@ class Link:
         finally:
             connection.forget(pending)
 
-    def release(self, number: int) -> None:
-        """Give a claim back. While there is no agent, its successor finds that in the queue: it would hold on to the
-        claim until this process calls again, and who waits for it with it."""
-        self.connection.tell(packets.Release(number))
+    def release(self, number: int, fence: int = 0) -> None:
+        """Give a claim back, behind a point of this client's work.
+
+        While there is no agent, its successor finds that in the queue: it would hold on to the claim until this process
+        calls again, and who waits for it with it."""
+        self.connection.tell(packets.Release(number, fence))
         if self.connection.lost and self.connection.usable:
             try:
-                self.command(Ticket(), Release(number), clock.now() + _CANCEL_SECONDS, answered=False)
+                self.command(Ticket(), Release(number, fence), clock.now() + _CANCEL_SECONDS, answered=False)
             except EthaError:
                 return  # a neighbour stands still with the queue in hand: the successor hears it at the next call
 
     # -- commands ---------------------------------------------------------------------------------
 
-    def command(self, ticket: Ticket, record: Command, deadline: float, *, answered: bool, voids: int = 0) -> None:
+    def command(
+        self, ticket: Ticket, record: Command, deadline: float, *, answered: bool, voids: int = 0, ring: bool = True
+    ) -> None:
         """Commit a command, then ring.
 
         Args:
@@ -148,6 +147,7 @@ class Link:
             deadline: ``CLOCK_BOOTTIME`` seconds until which to wait for the queue.
             answered: an outcome will be waited for.
             voids: sequence of an earlier command that this one makes needless, or 0.
+            ring: False where `send_descriptors` follows: any packet rings.
 
         Raises:
             AgentTimeout: another worker held the queue until the deadline.
@@ -176,7 +176,8 @@ class Link:
         finally:
             if taken and taken[0]:
                 self._order.release()
-        self.connection.hint(_RING)
+        if ring:
+            self.connection.hint(_RING)
 
     def outcome(self, ticket: Ticket, deadline: float, timeout: float) -> packets.Outcome:
         """Wait for what became of a command.
@@ -209,15 +210,12 @@ class Link:
 
     def undo(self, ticket: Ticket, pin: Any) -> None:
         """Undo a command whose caller gives up; ``pin`` is kept until the agent has done so, or is gone."""
-        sequence = ticket.sequence
-        if sequence and self.connection.usable and not self._never_committed(sequence):
+        sequence, client = ticket.sequence, self.connection.client
+        # Only what was served is ever deleted while its client is there: what is neither was never committed.
+        if sequence and self.connection.usable and (sequence <= self._served or self.queue.holds(client, sequence)):
             self._owed[sequence] = pin
             self._cancel_owed(clock.now() + _CANCEL_SECONDS)
         self.settle(ticket)
-
-    def _never_committed(self, sequence: int) -> bool:
-        # Only what was served is ever deleted while its client is there.
-        return sequence > self._served and not self.queue.holds(self.connection.client, sequence)
 
     def _cancel_owed(self, deadline: float) -> None:
         for sequence, pin in list(self._owed.items()):
@@ -237,56 +235,19 @@ class Link:
 
     # -- memory -----------------------------------------------------------------------------------
 
-    def import_over(self, number: int, memory: ImportedMemory | None, *, subscribed: bool = False) -> None:
-        """Note that an import is over, or that only its memory is. `reap` closes that, and tells the agent as soon as
-        no tensor of it is left.
-
-        May be called by a finaliser.
-
-        Args:
-            number: of the import.
-            memory: what was mapped; None if that was noted before, or there was nothing.
-            subscribed: the subscription itself goes on.
-        """
-        packet = packets.Unmapped(number) if subscribed else packets.Release(number)
-        self._dropped.append(_Ended(number, memory, packet))
-
     def reap(self) -> None:
         """Settle what is over: unmap what nobody views, tell the agent, let go of pins. Every call of etha does so."""
-        self._tell_closed()
+        self.endings.settle()
         if self._owed:
             self._cancel_owed(clock.now())
         if self._pinned:
             self.connection.drain()
             self._release_pins()
         for link in list(_lingering):
-            link._tell_closed()
-            if not link._closing:
+            link.endings.settle()
+            if not link.endings and link.device.done(0.0):
                 _lingering.discard(link)
                 link._finish()
-
-    def still_mapped(self, number: int) -> bool:
-        """Whether tensors of an import that is over are still kept."""
-        return number in self._closing
-
-    def _tell_closed(self) -> None:
-        for ended in list(self._dropped):
-            before = self._closing.get(ended.number)
-            memory = ended.memory if ended.memory is not None or before is None else before.memory
-            self._closing[ended.number] = ended._replace(memory=memory)
-            if memory is not None:
-                memory.close()
-            try:
-                self._dropped.remove(ended)
-            except ValueError:
-                continue  # another thread did the same
-        TABLE.reap()
-        for number, ended in list(self._closing.items()):
-            if ended.memory is None or not ended.memory.live:
-                self.connection.tell(ended.packet)
-                known = self._closing.pop(number, None)
-                if known is not None and known is not ended:
-                    self._closing.setdefault(number, known)  # another thread has ended more than this
 
     def _send_again(self, sequence: int) -> bool:
         """An agent has no descriptors of what this client shares; whether it got them, or nothing can be done."""
@@ -308,11 +269,13 @@ class Link:
         return True
 
     def send_descriptors(self, sequence: int, fds: Sequence[SharedFd | None], deadline: float) -> None:
-        """Send an export's descriptors, those that are None left out.
+        """Send an export's descriptors, those that are None left out; if there are none, ring.
 
         Raises:
             EthaError: see `Connection.send`.
         """
+        if not any(fds):
+            self.connection.hint(_RING)
         first = 0
         while first < len(fds):
             some = list(itertools.takewhile(lambda fd: fd is not None, fds[first : first + packets.FDS_PER_PACKET]))
@@ -326,11 +289,13 @@ class Link:
     def close(self) -> None:
         """Say goodbye; leave nothing in the queue.
 
-        While tensors of an import are still kept, the connection stays open behind the scenes: the agent must not
-        take their memory for closed. The first call of etha after the last of them was dropped closes it.
+        While tensors of an import are still kept, or device work that others wait for is not done, the connection stays
+        open behind the scenes: the agent must not take that memory for closed, nor that work for done. The first call
+        of etha after that closes it.
         """
         self.reap()
-        if self._closing and self.connection.usable:
+        busy = self.endings or not self.device.done(clock.now() + _WORK_SECONDS)
+        if busy and self.connection.usable:
             _lingering.add(self)
         else:
             self._finish()
@@ -368,14 +333,15 @@ class Link:
 
 
 def _state_of(connection: Connection, paths: AgentPaths) -> StateReader:
-    """The state at the path, if it is that of the agent at the other end.
+    """The state at the path, if it is that of the agent at the other end, or of one that has followed it meanwhile.
 
     Raises:
         InvalidArgument: it is another agent's.
     """
     state = StateReader(paths.state)
     record = state.agent()
-    if record is not None and record.epoch != connection.epoch:
+    follows = record is not None and os.path.realpath(record.command) == os.path.realpath(paths.command)
+    if record is not None and record.epoch != connection.epoch and not follows:
         state.close()
         raise InvalidArgument(
             f"{paths.state} is the state of pid {record.pid}, {paths.command} the queue of {connection.agent.label}.",

@@ -40,7 +40,7 @@ class LockText(msgspec.Struct, frozen=True):
         epoch: 64-bit number of this agent's life; it grows from agent to agent.
         schema: the record schema that it speaks.
         rank: the agent's rank.
-        device: what it serves (``"cpu"``).
+        device: what it serves: ``"cpu"``, or ``"cuda:"`` and the UUID of a GPU.
     """
 
     pid: Annotated[int, msgspec.Meta(gt=0, lt=1 << 31)]

@@ -1,7 +1,7 @@
 """A publication's memory in a reader, as it lies at one time: an import, its mapping, and the tensors over it.
 
 Made by a `Subscription`, which replaces it when the owner has moved its tensors. Its end is told to the agent by
-`Link.import_over`, once no tensor of it is left.
+`Endings.import_over`, once no tensor of it is left.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ class Mapped:
                 raise TypeError(f"an import was expected, not {type(reply).__name__}")
             self.generation, self.version, self.layout = reply.generation, reply.version, reply.layout
             record = link.state.publication(reply.generation)
-            self._memory = import_memory(record.manifest, mail.descriptors())
+            backend = link.device.backend
+            self._memory = import_memory(record.manifest, mail.descriptors(), backend=backend)
             mail.close()
-            self.tensors = build_views(record.manifest, self._memory)
+            self.tensors = build_views(record.manifest, self._memory, backend)
             self._over = False
         except BaseException:
             if self._memory is not None:
@@ -65,7 +66,7 @@ class Mapped:
 
     def unmap(self) -> None:
         """Close the memory, and tell the agent; the import goes on. Leases that are out keep their tensors."""
-        self._link.import_over(self.number, self._memory, subscribed=True)
+        self._link.endings.import_over(self.number, self._memory, subscribed=True)
         self.layout = 0
         self.tensors = {}
         self._memory = None
@@ -74,7 +75,7 @@ class Mapped:
         """Give the import back; idempotent. May be called by a finaliser."""
         if not self._over and not self._link.connection.forked:
             # Noted before anything is undone: whatever interrupts this, the next call of etha completes it.
-            self._link.import_over(self.number, self._memory)
+            self._link.endings.import_over(self.number, self._memory)
             self._over = True
             self.tensors = {}
 

@@ -9,23 +9,23 @@ The agent maps what it holds and never touches the bytes: an owner that shrinks 
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import resource
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
 from etha.errors import EthaError, InvalidRecord, SystemLimit
 from etha.tensor_bus import clock, wire
+from etha.tensor_bus.held import Held
+from etha.tensor_bus.ipc.backend import Backend
+from etha.tensor_bus.ipc.descriptors import in_use
 from etha.tensor_bus.ipc.fetching import fetch_descriptors
 from etha.tensor_bus.ipc.manifest import Manifest
-from etha.tensor_bus.ipc.mapping import TABLE, Mapping
 from etha.tensor_bus.ipc.peer import Peer
 
 logger = logging.getLogger(__name__)
@@ -114,69 +114,19 @@ def _typed(error: BaseException) -> EthaError:
     )
 
 
-@dataclass
-class Held:
-    """What the agent has of one publication.
-
-    Attributes:
-        manifest: what it should be.
-        client, sequence: whose registration it is; descriptors bear the sequence.
-        fds: by allocation; -1 while it has not arrived.
-        mappings: once opened.
-        opening: all has arrived.
-        follows: the generation whose memory this is to become; its descriptors are this one's too.
-        moves: the same, once a rebinding waits for it.
-    """
-
-    manifest: Manifest
-    client: bytes
-    sequence: int
-    fds: list[int]
-    mappings: list[Mapping] = field(default_factory=list)
-    opening: bool = False
-    follows: int = 0
-    moves: int = 0
-
-    @property
-    def missing(self) -> int:
-        """Descriptors that have not arrived."""
-        return 0 if self.opening else self.fds.count(-1)
-
-    def take(self, first: int, fds: list[int]) -> bool:
-        """Put descriptors in their place, and close those that are there already; False where that is no place."""
-        places = range(first, first + len(fds))
-        if not fds or first < 0 or places.stop > len(self.fds):
-            return False
-        for place, fd in zip(places, fds, strict=True):
-            if self.fds[place] < 0 and not self.opening:
-                self.fds[place] = fd
-            else:  # sent twice: by a worker that came back, or fetched meanwhile
-                os.close(fd)
-        return True
-
-    def copy_from(self, before: Held) -> None:
-        """Take copies of the descriptors that are still missing and that ``before`` has.
-
-        Raises:
-            OSError: this process may open no more.
-        """
-        known = {each: fd for each, fd in zip(before.manifest.allocations, before.fds, strict=False) if fd >= 0}
-        for place, allocation in enumerate(self.manifest.allocations):
-            if self.fds[place] < 0 and allocation in known:
-                self.fds[place] = fcntl.fcntl(known[allocation], fcntl.F_DUPFD_CLOEXEC, 0)
-
-
 class Memory:
     """Every publication's memory in this agent. Used by the control loop only."""
 
     def __init__(
         self,
         backstage: Backstage,
+        backend: Callable[[], Backend],
         opened: Callable[[int, EthaError | None], None],
         moved: Callable[[int, EthaError | None], None],
         closed: Callable[[int], None],
     ) -> None:
         self._backstage = backstage
+        self._backend = backend
         self._opened = opened
         self._moved = moved
         self._closed = closed
@@ -189,7 +139,7 @@ class Memory:
         Raises:
             SystemLimit: there is no room for them, those promised to earlier registrations counted.
         """
-        fds = [-1] * len(manifest.allocations)
+        fds = [-1] * len(manifest.pieces)
         free = _free_descriptors() - sum(held.missing for held in (*self._announced.values(), *self._held.values()))
         if len(fds) > free:
             raise _too_many(len(fds), free)
@@ -209,16 +159,16 @@ class Memory:
                 moving.copy_from(here)
         except OSError as error:
             self.retract(client, sequence)
-            raise _too_many(len(manifest.allocations), 0) from error
+            raise _too_many(len(manifest.pieces), 0) from error
 
     def retract(self, client: bytes, sequence: int | None = None) -> None:
         """A registration, or every one of a client, is over before it began."""
         for key in [key for key in self._announced if key[0] == client and sequence in (None, key[1])]:
             held = self._announced.pop(key)
             if held.opening:
-                self._backstage.open_or_close(partial(_close, held), lambda _: None)
+                self._close_aside(held)
             else:
-                _close(held)
+                held.close()
 
     def expect(self, generation: int, client: bytes, sequence: int, manifest: Manifest) -> None:
         """A registration has its name: open its memory as soon as all descriptors are there."""
@@ -241,21 +191,53 @@ class Memory:
         before = self._held.get(generation)
         self._held[generation] = self._announced.pop((client, sequence))
         if before is not None:
-            self._backstage.open_or_close(partial(_close, before), lambda _: None)
+            self._close_aside(before)
 
-    def recover(self, generation: int, client: bytes, sequence: int, manifest: Manifest, peer: Peer) -> None:
-        """A predecessor held this: take the descriptors from the owner if the kernel lets us; else it sends them."""
-        self._held[generation] = held = Held(manifest, client, sequence, [-1] * len(manifest.allocations))
-        if not held.fds:
-            self._open_if_complete(generation, held)
-            return
-        self._backstage.chore(
-            lambda: fetch_descriptors(peer, manifest), lambda found: self._fetched(generation, held, found)
-        )
+    def owner_is_back(self, client: bytes) -> None:
+        """What waited for this owner may be opened."""
+        for generation, held in list(self._held.items()):
+            if held.client == client and held.gated:
+                held.gated = False
+                self._open_if_complete(generation, held)
 
-    def _fetched(self, generation: int, held: Held, found: object) -> None:
-        if not isinstance(found, list):
-            return  # its owner has died, or will send them
+    def await_owner(self, client: bytes, published: Iterable[tuple[int, int, Manifest]]) -> None:
+        """A predecessor held these (generation, sequence, manifest) of one owner. They are of no use before that is
+        back: only then can its work be waited for."""
+        for generation, sequence, manifest in published:
+            self._held[generation] = Held(manifest, client, sequence, [-1] * len(manifest.pieces), gated=True)
+
+    def recover(self, client: bytes, peer: Peer, published: Iterable[tuple[int, int, Manifest]]) -> None:
+        """The same, where the kernel may let us take the descriptors from the owner in one look; else it sends them."""
+        wanting: list[tuple[int, Held]] = []
+        for generation, sequence, manifest in published:
+            self._held[generation] = held = Held(manifest, client, sequence, [-1] * len(manifest.pieces))
+            if held.fds:
+                wanting.append((generation, held))
+            else:
+                self._open_if_complete(generation, held)
+        if wanting:
+            self._fetch(peer, wanting)
+
+    def try_again(self, generation: int, peer: Peer) -> bool:
+        """Open once more what could not be recovered; whether its owner is to be asked for descriptors first."""
+        held = self._held[generation]
+        if -1 in held.fds:
+            self._fetch(peer, [(generation, held)])
+            return True
+        held.opening = False
+        self._open_if_complete(generation, held)
+        return False
+
+    def _fetch(self, peer: Peer, wanting: list[tuple[int, Held]]) -> None:
+        manifests = [held.manifest for _, held in wanting]
+        self._backstage.chore(lambda: fetch_descriptors(peer, manifests), partial(self._all_fetched, wanting))
+
+    def _all_fetched(self, wanting: list[tuple[int, Held]], found: object) -> None:
+        if isinstance(found, list):  # else their owner has died, or will send them
+            for (generation, held), fds in zip(wanting, found, strict=True):
+                self._fetched(generation, held, fds)
+
+    def _fetched(self, generation: int, held: Held, found: list[int]) -> None:
         if self._held.get(generation) is not held:  # which was closed: its numbers may be other files' by now
             wire.close_all(fd for fd in found if fd >= 0)
             return
@@ -314,13 +296,13 @@ class Memory:
                 self._moved(held.moves, error)
 
     def fds(self, generation: int) -> list[int]:
-        """The descriptors of an opened publication, by allocation; they stay the agent's."""
+        """The descriptors of an opened publication, by piece; they stay the agent's."""
         return self._held[generation].fds
 
     def close(self, generation: int) -> None:
         """Close the mappings and descriptors; then report it."""
         held = self._held.pop(generation)
-        self._backstage.open_or_close(partial(_close, held), lambda _: self._closed(generation))
+        self._close_aside(held, lambda: self._closed(generation))
 
     def _awaiting(self, client: bytes, sequence: int) -> tuple[int, Held | None]:
         for generation, held in self._held.items():
@@ -330,39 +312,29 @@ class Memory:
         return (0 if waiting is None else waiting.moves), waiting
 
     def _open_if_complete(self, generation: int, held: Held) -> None:
-        if held.opening or any(fd < 0 for fd in held.fds):
+        if held.opening or held.gated or any(fd < 0 for fd in held.fds):
             return
         held.opening = True
-        tell = self._moved if held.moves else self._opened
-        self._backstage.open_or_close(partial(_open, held), lambda error: tell(generation, error if error else None))
+        job = partial(held.open, self._backend)
+        self._backstage.open_or_close(job, lambda error: self._tell(generation, held, error))
 
+    def _tell(self, generation: int, held: Held, error: EthaError | None) -> None:
+        """It is open, or cannot be; of what was retracted, replaced or closed meanwhile nobody wants to hear: what is
+        going on by now has been opened by nobody."""
+        if held.moves and self._announced.get((held.client, held.sequence)) is held:
+            self._moved(generation, error)
+        elif not held.moves and self._held.get(generation) is held:
+            self._opened(generation, error)
 
-def _open(held: Held) -> None:
-    try:
-        for allocation, fd in zip(held.manifest.allocations, held.fds, strict=True):
-            held.mappings.append(TABLE.open(allocation, fd))
-    except BaseException:
-        _unmap(held)
-        raise
-
-
-def _close(held: Held) -> None:
-    _unmap(held)
-    wire.close_all(fd for fd in held.fds if fd >= 0)
-
-
-def _unmap(held: Held) -> None:
-    while held.mappings:
-        TABLE.release(held.mappings.pop())
-    TABLE.reap()
+    def _close_aside(self, held: Held, then: Callable[[], None] = lambda: None) -> None:
+        """Off the loop; a device that refuses keeps what it refuses to give back, and is asked again the next time."""
+        job = partial(held.close, self._backend)
+        self._backstage.open_or_close(job, lambda _: then())
 
 
 def _free_descriptors() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        return soft - len(os.listdir("/proc/self/fd")) - _SPARE_DESCRIPTORS
-    except OSError:  # none is left even for the look
-        return 0
+    return max(0, soft - in_use(soft) - _SPARE_DESCRIPTORS)
 
 
 def _too_many(wanted: int, free: int) -> SystemLimit:

@@ -7,7 +7,7 @@ from collections import Counter
 
 from etha.errors import EthaError, QueueFull
 from etha.tensor_bus import claims, commands
-from etha.tensor_bus.claimants import require_in_time, require_number, who
+from etha.tensor_bus.claimants import is_request, require_fence, require_in_time, require_name, require_number, who
 from etha.tensor_bus.claims import Closing, Rebinding, Registration, Suspending
 from etha.tensor_bus.ipc.manifest import validate
 from etha.tensor_bus.journal import Journal
@@ -54,7 +54,8 @@ class Orders:
         if isinstance(command, commands.Publish):
             try:
                 require_number("version", command.version)
-                registry.publish(client, command.generation, command.version, command.update, now)
+                fence = require_fence(command.fence)
+                registry.publish(client, command.generation, command.version, command.update, now, fence)
                 self._counters["versions"] += 1
             except EthaError as error:
                 record = OutcomeRecord(command.generation, Failure.of(error))
@@ -62,8 +63,12 @@ class Orders:
         elif isinstance(command, commands.Abandon):
             registry.abandon(client, command.generation, command.update, now)
         elif isinstance(command, commands.Register):
+            require_name(command.name)
             require_in_time(f'the registration of "{command.name}"', command.name, command.deadline, now)
             require_number("version", command.version)
+            require_fence(command.fence)
+            # Before anything is promised to it: what is refused leaves nothing behind.
+            claimant = who(session, claims.command_number(sequence), command.thread, command.deadline, now)
             validate(command.manifest)
             self._memory.announce(client, sequence, command.manifest)
             try:
@@ -73,12 +78,13 @@ class Orders:
                 raise
             registry.register(
                 Registration(
-                    **who(session, claims.command_number(sequence), command.thread, command.deadline, now),
+                    **claimant,
                     name=command.name,
                     generation=0,
                     manifest=command.manifest,
                     version=command.version,
                     replace=command.replace,
+                    fence=require_fence(command.fence),
                 ),
                 now,
             )
@@ -96,7 +102,9 @@ class Orders:
             registry.suspend(suspending, now)
         elif isinstance(command, commands.Release):
             session.remove_bell(command.number)
-            registry.release(client, command.number, now)
+            fence = require_fence(command.fence)
+            if is_request(command.number):
+                registry.release(client, command.number, now, fence)
         elif isinstance(command, commands.Leave):
             session.leaving = True
         elif isinstance(command, commands.Close):
@@ -112,6 +120,7 @@ class Orders:
     def _rebind(self, session: Session, sequence: int, command: commands.Rebind, size: int, now: float) -> None:
         name, client = self._name(command.generation), session.client
         require_in_time(f'the rebinding of "{name}"', name, command.deadline, now)
+        claimant = who(session, claims.command_number(sequence), command.thread, command.deadline, now)
         validate(command.manifest)
         self._memory.announce_move(client, sequence, command.manifest, command.generation)
         try:
@@ -120,7 +129,7 @@ class Orders:
             self._memory.retract(client, sequence)
             raise
         rebinding = Rebinding(
-            **who(session, claims.command_number(sequence), command.thread, command.deadline, now),
+            **claimant,
             name=name,
             generation=command.generation,
             update=command.update,

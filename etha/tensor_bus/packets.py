@@ -11,7 +11,7 @@ what it wants to be woken for it gets by a `Bell`, a pipe of its own.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -110,9 +110,12 @@ class Release(msgspec.Struct, frozen=True, array_like=True, tag=6):
 
     Attributes:
         number: of the claim.
+        fence: of a lease, the point of its reader's work behind which nothing of it is read any more; 0: no such is
+            left.
     """
 
     number: int
+    fence: int = 0
 
 
 class Bell(msgspec.Struct, frozen=True, array_like=True, tag=7):
@@ -128,15 +131,19 @@ class Bell(msgspec.Struct, frozen=True, array_like=True, tag=7):
 
 
 class Descriptors(msgspec.Struct, frozen=True, array_like=True, tag=8):
-    """Carries allocations' descriptors, in the manifest's order; in both directions.
+    """Carries descriptors of the pieces of a manifest, in order; in both directions.
 
     Attributes:
         number: sequence of the `Register` or `Rebind` command, or number of the import.
-        first: index of the first allocation in this packet.
+        first: index of the first piece in this packet.
     """
 
     number: int
     first: int
+
+
+Numbers = Annotated[tuple[int, ...], msgspec.Meta(max_length=1 << 13)]
+"""As many as fit into a packet where each is as long as it may be; short ones are refused beyond that."""
 
 
 class Reassert(msgspec.Struct, frozen=True, array_like=True, tag=10):
@@ -148,8 +155,8 @@ class Reassert(msgspec.Struct, frozen=True, array_like=True, tag=10):
         more: another packet of this kind follows.
     """
 
-    claims: tuple[int, ...]
-    commands: tuple[int, ...]
+    claims: Numbers
+    commands: Numbers
     more: bool
 
 
@@ -163,6 +170,11 @@ class Unmapped(msgspec.Struct, frozen=True, array_like=True, tag=11):
     number: int
 
 
+class Fenced(msgspec.Struct, frozen=True, array_like=True, tag=12):
+    """A client that has come back goes on with its numbers in this agent's fences. Carries the files of predecessors in
+    which its streams may wait still."""
+
+
 class Goodbye(msgspec.Struct, frozen=True, array_like=True, tag=9):
     """The client holds nothing any more, and leaves."""
 
@@ -174,11 +186,14 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=32):
         client: the client id, 16 bytes, that the agent gives, or has given.
         epoch: the agent's.
         served: the client's last served command.
+        slot: the client's in the agent's fences, whose file comes along; a successor sends the same. 0 without a
+            file: this agent has none.
     """
 
     client: bytes
     epoch: int
     served: int = 0
+    slot: int = 0
 
 
 class Leased(msgspec.Struct, frozen=True, array_like=True, tag=33):
@@ -190,6 +205,7 @@ class Leased(msgspec.Struct, frozen=True, array_like=True, tag=33):
         writes: updates begun until now: a larger number later means that the lease is torn.
         guarded: False when the version was published without excluding readers.
         layout: which manifest it is read by; a reader that has another one mapped subscribes again.
+        slot, fence: the point of the owner's work behind which the version is whole; ``fence`` 0: it is.
     """
 
     number: int
@@ -197,6 +213,8 @@ class Leased(msgspec.Struct, frozen=True, array_like=True, tag=33):
     writes: int
     guarded: bool
     layout: int
+    slot: int = 0
+    fence: int = 0
 
 
 class MayWrite(msgspec.Struct, frozen=True, array_like=True, tag=34):
@@ -206,11 +224,13 @@ class MayWrite(msgspec.Struct, frozen=True, array_like=True, tag=34):
         number: of the claim.
         served: the client's last served command.
         oldest: the oldest layout that a reader may still have mapped; what came before it may be let go.
+        after: slots and fences of the readers: the points of their work behind which they read no more.
     """
 
     number: int
     served: int
     oldest: int
+    after: tuple[tuple[int, int], ...] = ()
 
 
 class Imported(msgspec.Struct, frozen=True, array_like=True, tag=35):
@@ -262,10 +282,10 @@ class Wanted(msgspec.Struct, frozen=True, array_like=True, tag=39):
 
 
 class Outcome(msgspec.Struct, frozen=True, array_like=True, tag=37):
-    """What became of a command.
+    """What became of a command; or, unasked, what is wrong with a publication.
 
     Attributes:
-        sequence: of the command.
+        sequence: of the command; 0 where there was none: the failure is the publication's next call's.
         generation: the publication concerned; 0 if there is none.
         failure: why it failed, or None.
         served: the client's last served command.
@@ -278,7 +298,18 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, tag=37):
 
 
 FromWorker = (
-    Hello | Reassert | RingForCommands | Read | Write | Subscribe | Release | Unmapped | Bell | Descriptors | Goodbye
+    Hello
+    | Reassert
+    | RingForCommands
+    | Read
+    | Write
+    | Subscribe
+    | Release
+    | Unmapped
+    | Bell
+    | Descriptors
+    | Fenced
+    | Goodbye
 )
 FromAgent = Welcome | Leased | MayWrite | Imported | Refused | Unmap | Wanted | Outcome | Descriptors
 

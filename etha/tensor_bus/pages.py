@@ -119,11 +119,8 @@ class _File:
 
     def _meta(self) -> _Meta | None:
         """The newer of both meta pages; None in a file that was never written to, or is of another version."""
-        for _ in range(_ATTEMPTS):  # a commit may be under way
-            first = os.pread(self._fd, 2 * self._size, 0)
-            if first == os.pread(self._fd, 2 * self._size, 0):
-                break
-        if len(first) < _HEADER + _META.size:
+        first = os.pread(self._fd, self._size, 0)
+        if len(first) < _HEADER + _META.size + _DATABASE.size:
             if first:
                 raise Damage("it is shorter than its first page")
             return None
@@ -133,7 +130,8 @@ class _File:
         self._size = _DATABASE.unpack_from(first, _HEADER + _META.size)[0]
         if self._size & (self._size - 1) or not 512 <= self._size <= 1 << 16:
             raise Damage(f"pages of {self._size} bytes")
-        metas = [self._one_meta(number) for number in range(_FIRST)]
+        data = self._both_metas()
+        metas = [_one_meta(data, number, self._size) for number in range(_FIRST)]
         older, newer = sorted(metas, key=lambda meta: meta.transaction)
         if newer.transaction - older.transaction > 1 or any(
             meta.transaction and meta.transaction % _FIRST != number for number, meta in enumerate(metas)
@@ -141,21 +139,14 @@ class _File:
             raise Damage(f"transactions {older.transaction} and {newer.transaction} do not follow on one another")
         return newer
 
-    def _one_meta(self, number: int) -> _Meta:
-        data = os.pread(self._fd, self._size, number * self._size)
-        if len(data) < self._size:
-            raise Damage(f"it is cut short in page {number}")
-        bears, _, flags, _, _ = _PAGE.unpack_from(data)
-        magic, version = _META.unpack_from(data, _HEADER)
-        if (bears, flags, magic, version & 0xFFFF) != (number, _IS_META, _MAGIC, _DATA_VERSION):
-            raise Damage(f"page {number} is no meta page")
-        place = _HEADER + _META.size
-        trees = [_Tree(*_DATABASE.unpack_from(data, place + each * _DATABASE.size)) for each in range(2)]
-        last, transaction = _ENDS.unpack_from(data, place + 2 * _DATABASE.size)
-        free, main = trees
-        if (free.pad, free.flags & ~_NO_DIRECTORY, main.pad, main.flags) != (self._size, _INTEGER_KEYS, 0, 0):
-            raise Damage(f"page {number} has flags that no file of etha's has")
-        return _Meta(free, main, last, transaction)
+    def _both_metas(self) -> bytes:
+        """Both meta pages as they were at one moment; commits may be under way."""
+        data = b""
+        for _ in range(_ATTEMPTS):
+            before, data = data, os.pread(self._fd, _FIRST * self._size, 0)
+            if data == before:
+                break
+        return data
 
     def _items(self, tree: _Tree, *, integers: bool) -> Iterator[Item]:
         """Every key and value, in order, each page checked on the way."""
@@ -243,6 +234,22 @@ class _File:
         if len(value) < node.long:
             raise Damage(f"it is cut short in page {node.page}")
         return value
+
+
+def _one_meta(both: bytes, number: int, size: int) -> _Meta:
+    data = both[number * size : (number + 1) * size]
+    if len(data) < size:
+        raise Damage(f"it is cut short in page {number}")
+    bears, _, flags, _, _ = _PAGE.unpack_from(data)
+    magic, version = _META.unpack_from(data, _HEADER)
+    if (bears, flags, magic, version & 0xFFFF) != (number, _IS_META, _MAGIC, _DATA_VERSION):
+        raise Damage(f"page {number} is no meta page")
+    place = _HEADER + _META.size
+    free, main = [_Tree(*_DATABASE.unpack_from(data, place + each * _DATABASE.size)) for each in range(2)]
+    last, transaction = _ENDS.unpack_from(data, place + 2 * _DATABASE.size)
+    if (free.pad, free.flags & ~_NO_DIRECTORY, main.pad, main.flags) != (size, _INTEGER_KEYS, 0, 0):
+        raise Damage(f"page {number} has flags that no file of etha's has")
+    return _Meta(free, main, last, transaction)
 
 
 def _numbers(value: bytes) -> tuple[int, ...]:

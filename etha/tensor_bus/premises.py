@@ -1,8 +1,9 @@
 """The files of an agent, as it finds and as it leaves them: what it may take over, what delete, and whose they are.
 
 What a dead agent of this boot left for its workers is taken over, after a child has read all of it (`examination`). If
-that finds damage, the files are set aside, under their names and ``.damaged``, and the agent starts from nothing. What
-is left of another boot is deleted unopened.
+that finds damage, the files are set aside, under their names and ``.damaged``, and the agent starts from nothing. So
+is one file of which the other has gone, if a worker that lives may miss it: alone it is of no use, for a worker that
+has the lost one open writes or reads what nobody else sees. What is left of another boot is deleted unopened.
 
 A path comes from a command line, so anything may stand there. Deleted is only what etha or LMDB made, by its kind and
 its first bytes, and only if no live agent holds it: besides the lock of its command path, each agent holds ``flock`` on
@@ -80,8 +81,7 @@ class Premises:
             VersionMismatch: it spoke another record schema. Nothing was touched.
             UnsafePath: a file that is none of an agent's. Nothing was deleted.
         """
-        databases = (self._paths.command, self._paths.state)
-        here = all(require_private(path) is not None for path in databases)
+        here = [path for path in (self._paths.command, self._paths.state) if require_private(path) is not None]
         if not here or (previous is not None and previous.boot != boot_id()):
             self.clear()
             return False
@@ -90,20 +90,20 @@ class Premises:
             if not self._was_an_agents(previous, strange):
                 raise _not_ours(strange[0])
             with ExitStack() as held:
-                for path in databases:
+                for path in here:
                     held.callback(os.close, _take(path))
                 self._set_aside(f"{', '.join(strange)} does not begin as LMDB's files do", strange)
                 self.clear()
             return False
         with ExitStack() as undo:
             undo.callback(self.close)
-            for path in databases:
+            for path in here:
                 self.hold(path)
             finding = examine(self._paths)
             if finding.damage is None and finding.boot == boot_id():
                 if finding.schema != SCHEMA:
                     raise another_schema(self._paths.command, finding.schema)
-                if finding.clients:
+                if finding.clients and len(here) > 1:
                     if os.path.lexists(self._paths.socket):
                         os.unlink(self._paths.socket)
                     undo.pop_all()
@@ -124,8 +124,9 @@ class Premises:
 
     def _set_aside(self, damage: str, strange: list[str]) -> None:
         for path in dict.fromkeys((self._paths.command, self._paths.state, *strange)):
-            os.rename(path, path + _DAMAGED)
-            logger.error("%s is damaged (%s); it is now %s", path, damage, path + _DAMAGED)
+            if os.path.lexists(path):
+                os.rename(path, path + _DAMAGED)
+                logger.error("%s cannot be used (%s); it is now %s", path, damage, path + _DAMAGED)
 
     def clear(self) -> None:
         """Delete what an agent that is dead or of another boot left; LMDB does not open it.

@@ -136,7 +136,8 @@ class Publication:
             self._shared.check()
             chosen = self._next_version(version)
             ticket = Ticket()
-            self._commit(ticket, Publish(self.generation, chosen, 0), voids=self._unguarded)
+            fence = self._link.device.order.mark()
+            self._commit(ticket, Publish(self.generation, chosen, 0, fence), voids=self._unguarded)
             self._unguarded = ticket.sequence
             return chosen
 
@@ -227,7 +228,10 @@ class Publication:
             raise InvalidArgument(
                 f'"{self.name}" is not suspended.', resource=self.name, remedy="Use rebind() for tensors that moved."
             )
-        self._move(self._shared.export_anew(tensors), timeout)
+        deadline = clock.deadline_after(timeout)
+        if not self._suspended.held:  # a close() that failed has given it back
+            self._suspended = self.update(timeout=timeout).begin()
+        self._move(self._shared.export_anew(tensors), clock.remaining(deadline))
         update, self._suspended = self._suspended, None
         update.__exit__(None, None, None)
 
@@ -237,9 +241,10 @@ class Publication:
         New reads are refused at once; then this waits until every lease and every mapping of it is gone.
 
         Raises:
-            LeaseTimeout, MappingTimeout: ``holder`` names who still has one. The publication is open again.
+            LeaseTimeout, MappingTimeout: ``holder`` names who still has one. The publication is what it was, open or
+                suspended.
             DeadlockError: this thread itself holds a lease on it.
-            AgentTimeout: no answer; the publication is open.
+            AgentTimeout, AgentGone: no answer; the publication is what it was. Call this again.
         """
         if self._closed:
             return
@@ -249,9 +254,8 @@ class Publication:
         record = Close(self.generation, threading.get_native_id(), deadline)
         self._link.reap()
         try:
-            if self._suspended is not None:
-                self._suspended.give_back()
-                self._suspended = None
+            if self._suspended is not None and self._suspended.held:
+                self._suspended.give_back()  # a closing waits behind updates
             self._tell_torn(deadline)
             self._link.command(ticket, record, deadline, answered=True)
             self._link.outcome(ticket, deadline, timeout)
@@ -318,6 +322,7 @@ class Publication:
             self._tell_torn(clock.now() + self._link.patience)
         failure = connection.unasked.pop(self.generation, None)
         if failure is not None:
+            self._shared.doubt_memory()  # it may be that a new agent has not got it: a rebind() leaves nothing out
             raise failure
 
     def _require_memory(self) -> None:
@@ -333,16 +338,18 @@ class Publication:
         link, ticket, deadline = self._link, Ticket(), clock.deadline_after(timeout)
         record = Rebind(self.generation, self._writing, export.manifest, threading.get_native_id(), deadline)
         try:
-            link.command(ticket, record, deadline, answered=True)
+            link.command(ticket, record, deadline, answered=True, ring=False)
             link.exports[ticket.sequence] = export
             link.send_descriptors(ticket.sequence, self._shared.moved(export), deadline + clock.grace(timeout))
             link.outcome(ticket, deadline, timeout)
             link.settle(ticket)
             self._shared.replace(export, ticket.sequence, link.state.publication(self.generation).layout)
         except BaseException as error:
-            link.exports.pop(ticket.sequence, None)
             if not isinstance(error, EthaError) or isinstance(error, AgentTimeout | AgentGone):
-                self._shared.doubt(export)  # the agent may have done it, and may not: neither memory may go
+                # The agent may have done it, and may not: neither memory may go.
+                self._shared.doubt(export, ticket.sequence)
+            else:
+                link.exports.pop(ticket.sequence, None)
             link.give_up(ticket, error, export)
             raise
         finally:

@@ -26,6 +26,7 @@ from etha.errors import (
 )
 from etha.tensor_bus import clock, packets, wire
 from etha.tensor_bus.channel import Channel
+from etha.tensor_bus.client_device import ClientDevice
 from etha.tensor_bus.connection import Connection
 from etha.tensor_bus.ipc import peer, process
 from etha.tensor_bus.lockfile import LockText, read_lock
@@ -42,6 +43,8 @@ def reach(paths: AgentPaths, rank: int, timeout: float) -> tuple[Connection, Loc
         NoAgent: nothing serves there: there never was an agent, or it is dead.
         AgentStopped: it is alive and did not answer in time.
         OtherUser, OtherNamespace, VersionMismatch: it can never be talked to. Raised at once.
+        InvalidArgument: it serves a device that this process does not see.
+        DriverError: it serves a device, and there is no CUDA driver here.
     """
     deadline = clock.deadline_after(timeout)
     while True:
@@ -103,10 +106,14 @@ def dial(paths: AgentPaths, rank: int, client: bytes) -> tuple[Channel, LockText
 def _try(paths: AgentPaths, rank: int, deadline: float) -> tuple[Connection, LockText]:
     channel, text = dial(paths, rank, b"")
     try:
-        welcome = _hear_welcome(channel.sock, text, deadline)
-        if welcome.epoch != text.epoch:
-            raise _not_answering(text)  # one agent has just followed another: look again
-        return Connection(channel, welcome, lambda client: dial(paths, rank, client)[0]), text
+        welcome, fds = _hear_welcome(channel.sock, text, deadline)
+        try:
+            if welcome.epoch != text.epoch:
+                raise _not_answering(text)  # one agent has just followed another: look again
+            device = ClientDevice(text.device, welcome, fds)
+        finally:
+            wire.close_all(fds)
+        return Connection(channel, welcome, lambda client: dial(paths, rank, client)[0], device), text
     except BaseException:
         channel.close()
         raise
@@ -148,7 +155,7 @@ def _who_serves(paths: AgentPaths, rank: int) -> LockText:
     return text
 
 
-def _hear_welcome(sock: socket.socket, text: LockText, deadline: float) -> packets.Welcome:
+def _hear_welcome(sock: socket.socket, text: LockText, deadline: float) -> tuple[packets.Welcome, list[int]]:
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     if not poll.poll(clock.remaining(deadline) * 1000):
@@ -157,15 +164,18 @@ def _hear_welcome(sock: socket.socket, text: LockText, deadline: float) -> packe
         data, fds = wire.receive(sock)
     except OSError as error:
         raise _not_answering(text) from error
-    wire.close_all(fds)
-    if not data:
-        raise _not_answering(text)
-    reply = packets.FROM_AGENT.decode(data)
-    if isinstance(reply, packets.Refused):
-        raise reply.failure.error()
-    if not isinstance(reply, packets.Welcome):
-        raise InvalidRecord("the agent did not answer the greeting with a welcome.", resource="packet")
-    return reply
+    try:
+        if not data:
+            raise _not_answering(text)
+        reply = packets.FROM_AGENT.decode(data)
+        if isinstance(reply, packets.Refused):
+            raise reply.failure.error()
+        if not isinstance(reply, packets.Welcome):
+            raise InvalidRecord("the agent did not answer the greeting with a welcome.", resource="packet")
+        return reply, fds
+    except BaseException:
+        wire.close_all(fds)
+        raise
 
 
 def _not_answering(text: LockText) -> EthaError:

@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Callable
 from typing import Final
 
+from etha.errors import SystemLimit
 from etha.tensor_bus import clock, packets
 from etha.tensor_bus.command_queue import CLIENT_ID_BYTES, CommandQueue
 from etha.tensor_bus.front_door import mismatch, same_process, unknown_client
@@ -24,7 +25,7 @@ from etha.tensor_bus.records import Failure
 from etha.tensor_bus.recovery import Recovered
 from etha.tensor_bus.service import Service
 from etha.tensor_bus.sessions import Session
-from etha.tensor_bus.state import StateWriter
+from etha.tensor_bus.state_writer import StateWriter
 from etha.tensor_bus.switchboard import Switchboard
 
 logger = logging.getLogger(__name__)
@@ -67,9 +68,15 @@ class Reception:
         if hello.client:
             self._welcome_back(session, hello.client, now)
             return
+        try:
+            slot = self._service.fencing.take()
+        except SystemLimit as limit:
+            session.send(packets.Refused(0, Failure.of(limit)))
+            self.cut(session, now)
+            return
         session.client = secrets.token_bytes(CLIENT_ID_BYTES)
         self._board.watch_process(session)
-        self._service.joined(session, now, packets.Welcome(session.client, text.epoch))
+        self._service.joined(session, now, packets.Welcome(session.client, text.epoch, slot=slot))
 
     def _welcome_back(self, stranger: Session, client: bytes, now: float) -> None:
         """A client has another connection: its claims are its own again, if it is the process that it says."""
@@ -84,7 +91,8 @@ class Reception:
             self._service.orphaned(known, now)
         known.take_over(stranger)
         self._board.move_socket(known)
-        known.send(packets.Welcome(client, self._text.epoch, known.served))
+        fencing, slot = self._service.fencing, self._service.registry.table.clients[client].slot
+        known.send(packets.Welcome(client, self._text.epoch, known.served, slot), fencing.fds())
         self._service.rejoined(known, now)
 
     def adopt(self, found: Recovered, now: float) -> None:
@@ -98,6 +106,7 @@ class Reception:
                 self.guarded(session, self.left, now)
         for client, record in found.dead.items():
             logger.info("%s died while there was no agent", record.label)
+            self._service.let_go(client)
             self._service.registry.client_died(client, now)
             self._service.counters["deaths"] += 1
             self._remove_leftovers(record.pid, os.geteuid(), record.started)

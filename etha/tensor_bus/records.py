@@ -14,13 +14,16 @@ import msgspec
 
 from etha.errors import LEAVES, EthaError, InvalidRecord
 
-SCHEMA: Final = 3
+SCHEMA: Final = 4
 """Number of the record schema. Agent and worker must agree; it grows with every incompatible change."""
 
 MAX_RECORD_BYTES: Final = 64 << 20
 """The longest record: a manifest of a million tensors is about this long."""
 
 _CHECKSUM_BYTES: Final = 4
+
+_LONGEST_REASON: Final = 200
+"""Characters of what msgspec says of a record: it repeats a tag that it does not know, however long that is."""
 
 T = TypeVar("T")
 
@@ -54,7 +57,8 @@ class Codec(Generic[T]):
         try:
             return self._decoder.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise InvalidRecord(f"a record does not have its declared form: {error}.", resource="record") from error
+            reason = str(error)[:_LONGEST_REASON]
+            raise InvalidRecord(f"a record does not have its declared form: {reason}.", resource="record") from error
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True):

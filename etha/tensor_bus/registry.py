@@ -19,7 +19,7 @@ Called by the agent's control loop alone; not safe across threads.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from etha.errors import DeadlockError, EthaError
 from etha.tensor_bus import verdicts
@@ -49,9 +49,9 @@ class Registry(Settling):
 
     # -- workers ----------------------------------------------------------------------------------
 
-    def client_joined(self, client: bytes, pid: int, label: str, now: float, started: int = 0) -> None:
+    def client_joined(self, client: bytes, pid: int, label: str, now: float, started: int = 0, slot: int = 0) -> None:
         """A worker has an authenticated connection."""
-        self.table.clients[client] = Client(client, pid, label, now, started)
+        self.table.clients[client] = Client(client, pid, label, now, started, slot=slot)
         self.table.dirty.clients.add(client)
 
     def client_orphaned(self, client: bytes, now: float) -> None:
@@ -67,6 +67,28 @@ class Registry(Settling):
         """A worker whose connection had ended has another one."""
         self.table.clients[client].connected = True
         self.table.dirty.clients.add(client)
+
+    def fenced(self, client: bytes, now: float) -> None:
+        """The points of a worker's work that were told before are to be found in this agent's fences."""
+        self.table.clients[client].fenced = True
+        for publication in list(self.publications.values()):
+            if client in publication.after:
+                self._settle(publication, now)
+
+    def look_for_readers(self, reached: Callable[[int, int], bool], now: float) -> None:
+        """A predecessor's clients that have not come back: whose work is done need not be waited for.
+
+        Args:
+            reached: whether a slot has reached a point.
+            now: ``CLOCK_BOOTTIME`` seconds.
+        """
+        for publication in list(self.publications.values()):
+            done = [each for each in self._unheard(publication) if reached(each.slot, publication.after[each.id])]
+            for reader in done:
+                del publication.after[reader.id]
+            if done:
+                self.table.dirty.publications.add(publication.generation)
+                self._settle(publication, now)
 
     def reassert(self, client: bytes, numbers: Collection[int], now: float) -> None:
         """A worker that came back says which claims are still its own: what else it held, it has given back."""
@@ -115,7 +137,8 @@ class Registry(Settling):
         publication = self.publications[generation]
         publication.memory_open = publication.memory_closing = False
         if publication.live:
-            publication.suspended, publication.recovering = True, False
+            publication.suspended = True
+            publication.recovered()
             self._changed(publication)
         if isinstance(publication.moving, Suspending):
             claim, publication.moving = publication.moving, None
@@ -125,9 +148,19 @@ class Registry(Settling):
     def recovered(self, generation: int, now: float) -> None:
         """The agent has opened the memory of a publication that its predecessor knew."""
         publication = self.publications[generation]
-        publication.recovering = False
+        publication.recovered()
         self.table.dirty.publications.add(generation)  # and no bell: who has it mapped missed nothing
         self._settle_name(publication.name, now)
+
+    def unrecovered(self, generation: int, error: EthaError) -> None:
+        """The agent could not open that memory. Who waits for it is told, and whoever asks next has it tried again."""
+        publication = self.publications[generation]
+        publication.fault, publication.retrying = error, False
+        if self.names.get(publication.name) is publication:
+            for claim in self._wanting.of(publication.name):
+                if isinstance(claim, Import):
+                    self._detach(claim)
+                    self.table.fail(claim, error)
 
     def rebind(self, claim: Rebinding, now: float) -> None:
         """Within an update: the tensors lie elsewhere, or have memory again."""
@@ -147,7 +180,8 @@ class Registry(Settling):
             publication.manifest = claim.manifest
             publication.sequence = command_sequence(claim.number) or 0
             publication.layout += 1
-            publication.suspended = publication.recovering = False
+            publication.suspended = False
+            publication.recovered()
             publication.memory_open = True
             self.table.finish(claim, now)
             self._changed(publication)
@@ -186,8 +220,9 @@ class Registry(Settling):
             self._settle(publication, now)
             self._forget_if_over(publication, now)
 
-    def publish(self, client: bytes, generation: int, version: int, update: int, now: float) -> None:
-        """The tensors are a new version; ``update`` is the number of the update that this ends, or 0.
+    def publish(self, client: bytes, generation: int, version: int, update: int, now: float, fence: int = 0) -> None:
+        """The tensors are a new version, whole behind the point ``fence`` of the owner's work; ``update`` is the number
+        of the update that this ends, or 0.
 
         Raises:
             EthaError: refused; nothing has changed.
@@ -197,7 +232,10 @@ class Registry(Settling):
         if error is not None:
             raise error
         publication.version = version
+        publication.fence = fence
         publication.guarded = update != 0
+        if update:
+            publication.after.clear()  # this update's work comes after theirs, and what comes after this, too
         self._end_update(publication)
         if publication.phase is Phase.CLOSING:
             publication.rest = Phase.READY
@@ -224,7 +262,13 @@ class Registry(Settling):
         except EthaError as error:
             self.table.fail(claim, error)
             return
-        if isinstance(claim, Lease) and self._in_the_way(claim, publication) and not claim.patient:
+        claim.name = publication.name  # whatever the claimant calls it: waits are compared by name
+        if (
+            publication.moving is not None
+            and isinstance(claim, Lease)
+            and self._in_the_way(claim, publication)
+            and not claim.patient
+        ):
             self._ask_unmap(claim)
             return
         publication.queue.append(claim)
@@ -237,14 +281,20 @@ class Registry(Settling):
         self.table.add(claim)
         self._want_name(claim, now)
 
-    def release(self, client: bytes, number: int, now: float) -> None:
+    def release(self, client: bytes, number: int, now: float, fence: int = 0) -> None:
         """A claim is over: what waits is dropped, what is held is given back, what is unknown was given back before.
 
-        An update given back this way was never written in: the publication is as whole as before.
+        An update given back this way was never written in: the publication is as whole as before. ``fence`` is the
+        point of a reader's work behind which it reads no more.
         """
         claim = self.table.claims.get((client, number))
-        if claim is not None:
-            self._drop(claim, now)
+        if claim is None:
+            return
+        publication = self.publications.get(claim.generation)
+        if fence and publication is not None and isinstance(claim, Lease) and claim.granted:
+            publication.after[client] = max(fence, publication.after.get(client, 0))
+            self.table.dirty.publications.add(publication.generation)
+        self._drop(claim, now)
 
     def undo(self, number: int, answer: Closing, now: float) -> None:
         """Undo a registration or a closing whose caller was told that it failed.

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from etha.errors import InvalidArgument, InvalidRecord
 from etha.tensor_bus import packets, wire
 from etha.tensor_bus.claim_table import Granted, Ring
-from etha.tensor_bus.claimants import NUMBER_LIMIT, require_number, who
+from etha.tensor_bus.claimants import NUMBER_LIMIT, is_request, require_fence, require_name, require_number, who
 from etha.tensor_bus.claims import Import, Lease, Update
+from etha.tensor_bus.fencing import Fencing
 from etha.tensor_bus.journal import Journal
 from etha.tensor_bus.memory import Memory
 from etha.tensor_bus.records import Failure
 from etha.tensor_bus.registry import Registry
 from etha.tensor_bus.sessions import Session
 
+_REQUESTS: Final = (packets.Read, packets.Write, packets.Subscribe)
+
 
 class Requests:
     """Takes packets, one at a time."""
 
-    def __init__(self, registry: Registry, journal: Journal, memory: Memory) -> None:
+    def __init__(self, registry: Registry, journal: Journal, memory: Memory, fencing: Fencing) -> None:
         self._registry = registry
+        self._fencing = fencing
         self._journal = journal
         self._memory = memory
 
@@ -36,12 +42,13 @@ class Requests:
         if isinstance(packet, packets.Bell):
             self._bell(session, packet, fds)
             return
+        if isinstance(packet, packets.Fenced):
+            self._fenced(session, fds, now)
+            return
         if fds:
             wire.close_all(fds)
             raise InvalidRecord("descriptors came with a packet that carries none.", resource="packet")
-        if isinstance(packet, packets.Read | packets.Write | packets.Subscribe) and self._asked_before(
-            session, packet.number, now
-        ):
+        if isinstance(packet, _REQUESTS) and self._asked_before(session, packet.number, now):
             return
         if isinstance(packet, packets.Read):
             try:
@@ -68,6 +75,11 @@ class Requests:
             )
             self._registry.claim(update, now)
         elif isinstance(packet, packets.Subscribe):
+            try:
+                require_name(packet.name)
+            except InvalidArgument as error:
+                session.send(packets.Refused(packet.number, Failure.of(error)))
+                return
             wanted = Import(
                 **who(session, packet.number, packet.thread, packet.deadline, now),
                 name=packet.name,
@@ -76,25 +88,35 @@ class Requests:
             )
             self._registry.subscribe(wanted, now)
         elif isinstance(packet, packets.Release):
-            self._release(session, packet.number, now)
+            session.remove_bell(packet.number)
+            fence = require_fence(packet.fence)
+            if is_request(packet.number):
+                self._registry.release(session.client, packet.number, now, fence)
         elif isinstance(packet, packets.Unmapped):
             self._registry.unmapped(session.client, packet.number, now)
         elif isinstance(packet, packets.Reassert):
             self._reasserted(session, packet, now)
 
-    def _release(self, session: Session, number: int, now: float) -> None:
-        session.remove_bell(number)
-        self._registry.release(session.client, number, now)
+    def _fenced(self, session: Session, fds: list[int], now: float) -> None:
+        try:
+            self._fencing.adopt(fds)
+        finally:
+            wire.close_all(fds)
+        self._registry.fenced(session.client, now)
+        self._registry.look_for_readers(self._fencing.reached, now)
+        self._memory.owner_is_back(session.client)
 
     def _reasserted(self, session: Session, packet: packets.Reassert, now: float) -> None:
-        session.reasserted.update(packet.claims)
+        # What is not there is not kept: a worker may name as many numbers as it likes, and as often.
+        claims = self._registry.table.claims
+        session.reasserted.update(number for number in packet.claims if (session.client, number) in claims)
         if not packet.more:
             self._registry.reassert(session.client, session.reasserted, now)
+            session.keep_bells(session.reasserted)
             session.reasserted.clear()
-        outcomes = self._journal.outcomes(session.client)
-        for sequence in packet.commands:
-            if sequence in outcomes:
-                record = outcomes[sequence]
+        asked = set(packet.commands)
+        for sequence, record in self._journal.outcomes(session.client).items():
+            if sequence in asked:
                 session.send(packets.Outcome(sequence, record.generation, record.failure, session.served))
 
     def _bell(self, session: Session, packet: packets.Bell, fds: list[int]) -> None:

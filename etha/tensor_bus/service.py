@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
+from typing import Final
 
 from etha.errors import EthaError
 from etha.tensor_bus import claims, packets, verdicts
 from etha.tensor_bus.claim_table import AskUnmap, CloseMemory, Effect, Failed, Granted, MoveMemory, OpenMemory, Ring
-from etha.tensor_bus.claims import Import, Lease, Rebinding, Registration, Update
+from etha.tensor_bus.claims import Import, Lease, Publication, Rebinding, Registration, Update
 from etha.tensor_bus.command_queue import CommandQueue
+from etha.tensor_bus.fencing import Fencing
+from etha.tensor_bus.ipc.backend import Backend
 from etha.tensor_bus.ipc.observation import Observation, observe
 from etha.tensor_bus.journal import Journal
 from etha.tensor_bus.memory import Backstage, Memory
@@ -27,25 +31,37 @@ from etha.tensor_bus.state import MemoryRecord, OutcomeRecord, memory_key
 
 logger = logging.getLogger(__name__)
 
+_VERDICTS: Final = (Granted, Failed)
+
 
 class Service:
     """The agent's behaviour towards its workers. Used by the control loop only.
 
     Attributes:
         registry: the rules.
+        fencing: the slots of its clients, where it serves a device.
         counters: what was refused, dropped, served; shown by ``etha status``.
     """
 
-    def __init__(self, queue: CommandQueue, journal: Journal, registry: Registry, backstage: Backstage) -> None:
+    def __init__(
+        self,
+        queue: CommandQueue,
+        journal: Journal,
+        registry: Registry,
+        backstage: Backstage,
+        fencing: Fencing,
+        backend: Callable[[], Backend],
+    ) -> None:
         self.registry = registry
+        self.fencing = fencing
         self.counters: Counter[str] = Counter()
         self._queue = queue
         self._journal = journal
         self._backstage = backstage
-        self._memory = Memory(backstage, self._memory_opened, self._memory_moved, self._memory_closed)
+        self._memory = Memory(backstage, backend, self._memory_opened, self._memory_moved, self._memory_closed)
         self._sessions: dict[bytes, Session] = {}
         self._orders = Orders(registry, journal, self._memory, self.counters)
-        self._requests = Requests(registry, journal, self._memory)
+        self._requests = Requests(registry, journal, self._memory, fencing)
         self._unrecorded: tuple[list[Effect], list[Answer]] = ([], [])
         self._newcomers: list[tuple[Session, packets.Welcome]] = []
         self._now = 0.0
@@ -61,7 +77,7 @@ class Service:
         self._newcomers.append((session, welcome))
         self._sessions[session.client] = session
         peer = session.peer
-        self.registry.client_joined(session.client, peer.pid, peer.label, now, peer.started)
+        self.registry.client_joined(session.client, peer.pid, peer.label, now, peer.started, welcome.slot)
 
     def adopted(self, session: Session, now: float) -> None:
         """A predecessor's client: the registry knows it, and its process lives. What it committed is served.
@@ -71,10 +87,12 @@ class Service:
         """
         self._sessions[session.client] = session
         outcomes = self._journal.outcomes(session.client)
-        for publication in list(self.registry.publications.values()):
-            if publication.owner == session.client and publication.recovering:
-                generation, sequence, manifest = publication.generation, publication.sequence, publication.manifest
-                self._memory.recover(generation, session.client, sequence, manifest, session.peer)
+        mine = (each for each in self.registry.publications.values() if each.owner == session.client)
+        recovering = [(each.generation, each.sequence, each.manifest) for each in mine if each.recovering]
+        if self.fencing.needed:
+            self._memory.await_owner(session.client, recovering)
+        else:
+            self._memory.recover(session.client, session.peer, recovering)
         for sequence, data in self._queue.commands_of(session.client, 0):
             if sequence <= session.served and sequence not in outcomes:
                 self._orders.serve(session, sequence, data, now, again=True)
@@ -90,6 +108,8 @@ class Service:
         self.serve(session, now)
         for sequence in self._memory.wanting(session.client):
             session.send(packets.Wanted(sequence))
+        for publication in self.registry.publications.values():
+            self._tell_fault(session, publication)
 
     def orphaned(self, session: Session, now: float) -> None:
         """Its connection has ended; its process lives."""
@@ -104,6 +124,7 @@ class Service:
         """It said goodbye."""
         self.serve(session, now)
         del self._sessions[session.client]
+        self.let_go(session.client)
         self.registry.client_left(session.client, now)
         self._memory.retract(session.client)
 
@@ -111,9 +132,14 @@ class Service:
         """Its process is dead: what it committed is served first, then everything of it goes."""
         self.serve(session, now)
         del self._sessions[session.client]
+        self.let_go(session.client)
         self.registry.client_died(session.client, now)
         self._memory.retract(session.client)
         self.counters["deaths"] += 1
+
+    def let_go(self, client: bytes) -> None:
+        """The client's process is dead, or it has waited for its own work: no stream waits for it any more."""
+        self.fencing.release(self.registry.table.clients[client].slot)
 
     @property
     def clients(self) -> set[bytes]:
@@ -155,14 +181,25 @@ class Service:
 
     # -- settling ---------------------------------------------------------------------------------
 
-    def settle(self, now: float) -> None:
+    def settle(self, now: float, *, unjudged: bool = False) -> None:
         """Record what has changed, then tell those whom it concerns; until nothing is left to do.
+
+        Args:
+            now: of this turn.
+            unjudged: another turn follows at once, which judges what has begun to wait in this one. Where nobody is to
+                be told anything, what has changed is recorded there, with the verdict: one transaction, not two.
 
         What cannot be recorded (a full disk) is not done either: it waits, and so do those whom it concerns, for the
         first turn that can record it.
         """
         table = self.registry.table
-        while table.effects or table.dirty or self._orders.refused or self._newcomers or any(self._unrecorded):
+        while (
+            table.effects
+            or self._orders.refused
+            or self._newcomers
+            or any(self._unrecorded)
+            or (table.dirty and not unjudged)
+        ):
             effects = table.take_effects()
             answers, self._orders.refused = self._orders.refused, []
             for effect in effects:
@@ -179,7 +216,7 @@ class Service:
             (effects, answers), self._unrecorded = self._unrecorded, ([], [])
             newcomers, self._newcomers = self._newcomers, []
             for session, welcome in newcomers:
-                session.send(welcome)
+                session.send(welcome, self.fencing.fds())
             for effect in effects:
                 try:
                     self._carry_out(effect)
@@ -188,11 +225,12 @@ class Service:
                     logger.exception("a mistake of etha's in %r", effect)
             for session, sequence, record in answers:
                 session.send(packets.Outcome(sequence, record.generation, record.failure, session.served))
-        self._journal.record(now)
+        if not unjudged:
+            self._journal.record(now)
 
     def _answer(self, effect: object) -> Answer | None:
         """The outcome that an effect means for a command, if it is about one."""
-        if not isinstance(effect, Granted | Failed):
+        if not isinstance(effect, _VERDICTS):
             return None
         claim = effect.claim
         sequence = claims.command_sequence(claim.number)
@@ -205,12 +243,15 @@ class Service:
         return session, sequence, OutcomeRecord(claim.generation, failure)
 
     def _carry_out(self, effect: object) -> None:
-        if isinstance(effect, OpenMemory):
-            publication = self.registry.publications[effect.generation]
-            sequence = claims.command_sequence(publication.number) or 0
-            self._memory.expect(effect.generation, publication.owner, sequence, publication.manifest)
+        if isinstance(effect, _VERDICTS):
+            session = self._sessions.get(effect.claim.client)
+            if session is not None and claims.command_sequence(effect.claim.number) is None:
+                self._reply(session, effect)
+        elif isinstance(effect, OpenMemory):
+            self._open_memory(self.registry.publications[effect.generation])
         elif isinstance(effect, MoveMemory):
-            moving = self.registry.publications[effect.generation].moving
+            moved = self.registry.publications.get(effect.generation)  # one that was suspended may be over already
+            moving = None if moved is None else moved.moving
             if isinstance(moving, Rebinding):
                 self._memory.move(effect.generation, moving.client, claims.command_sequence(moving.number) or 0)
         elif isinstance(effect, CloseMemory):
@@ -223,10 +264,6 @@ class Service:
             session = self._sessions.get(effect.claim.client)
             if session is not None:
                 session.ring(effect.claim.number)
-        elif isinstance(effect, Granted | Failed):
-            session = self._sessions.get(effect.claim.client)
-            if session is not None and claims.command_sequence(effect.claim.number) is None:
-                self._reply(session, effect)
 
     def _reply(self, session: Session, effect: Granted | Failed) -> None:
         claim = effect.claim
@@ -239,9 +276,15 @@ class Service:
         if isinstance(claim, Lease):
             self.counters["leases"] += 1
             layout = publication.layout
-            session.send(packets.Leased(claim.number, claim.version or 0, claim.writes, claim.guarded, layout))
+            owner = self.registry.table.clients.get(publication.owner)
+            slot, fence = (owner.slot, publication.fence) if owner is not None else (0, 0)
+            session.send(
+                packets.Leased(claim.number, claim.version or 0, claim.writes, claim.guarded, layout, slot, fence)
+            )
         elif isinstance(claim, Update):
-            session.send(packets.MayWrite(claim.number, session.served, publication.oldest_layout))
+            clients = self.registry.table.clients
+            after = tuple((clients[each].slot, fence) for each, fence in publication.after.items() if each in clients)
+            session.send(packets.MayWrite(claim.number, session.served, publication.oldest_layout, after))
         elif isinstance(claim, Import) and not publication.live:
             self.registry.release(claim.client, claim.number, self._now)
             session.send(packets.Refused(claim.number, Failure.of(verdicts.over(claim.generation))))
@@ -254,6 +297,30 @@ class Service:
 
     # -- memory -----------------------------------------------------------------------------------
 
+    def _open_memory(self, publication: Publication) -> None:
+        if not publication.recovering:
+            sequence = claims.command_sequence(publication.number) or 0
+            self._memory.expect(publication.generation, publication.owner, sequence, publication.manifest)
+            return
+        session = self._sessions.get(publication.owner)
+        if session is not None and self._memory.try_again(publication.generation, session.peer):
+            session.send(packets.Wanted(publication.sequence))
+
+    def _not_recovered(self, publication: Publication, error: EthaError) -> None:
+        known, fault = publication.fault, verdicts.unopened(publication.name, error)
+        self.registry.unrecovered(publication.generation, fault)
+        if known is None:
+            logger.error("%s", fault.message)
+            session = self._sessions.get(publication.owner)
+            if session is not None:
+                self._tell_fault(session, publication)
+
+    def _tell_fault(self, session: Session, publication: Publication) -> None:
+        """The owner hears at its next call that a publication's memory could not be recovered, if it could not."""
+        if publication.owner == session.client and publication.fault is not None and publication.live:
+            failure = Failure.of(publication.fault)
+            session.send(packets.Outcome(0, publication.generation, failure, session.served))
+
     def _memory_opened(self, generation: int, error: EthaError | None) -> None:
         publication = self.registry.publications.get(generation)
         if publication is None:
@@ -263,7 +330,7 @@ class Service:
                 self.registry.recovered(generation, self._now)
                 self._look_at_owner(generation)
             else:
-                logger.error('"%s" cannot be recovered: %s', publication.name, error)
+                self._not_recovered(publication, error)
             return
         if error is not None:
             self.registry.open_failed(generation, error, self._now)
@@ -288,10 +355,16 @@ class Service:
         session = self._sessions.get(publication.owner)
         if session is not None:
             peer, manifest = session.peer, publication.manifest
-            self._backstage.chore(lambda: observe(peer, manifest), lambda seen: self._observed(generation, seen))
+            publications = self.registry.publications
 
-    def _observed(self, generation: int, seen: Observation | BaseException) -> None:
-        if generation not in self.registry.publications or isinstance(seen, BaseException):
+            def look() -> Observation | None:
+                # By now it may be over, and its owner about other things, which the look would slow down.
+                return observe(peer, manifest) if generation in publications else None
+
+            self._backstage.chore(look, lambda seen: self._observed(generation, seen))
+
+    def _observed(self, generation: int, seen: object) -> None:
+        if generation not in self.registry.publications or not isinstance(seen, Observation):
             return
         record = MemoryRecord(seen.mappings, seen.descriptors, seen.gate)
         self._journal.put(memory_key(generation), record)

@@ -16,6 +16,7 @@ import struct
 import termios
 from collections import deque
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Final
 
 import msgspec
@@ -140,6 +141,11 @@ class Session:
         fd = self._bells.pop(number, None)
         if fd is not None:
             os.close(fd)
+
+    def keep_bells(self, numbers: AbstractSet[int]) -> None:
+        """All other imports are over."""
+        for number in self._bells.keys() - numbers:
+            self.remove_bell(number)
 
     def ring(self, number: int) -> None:
         """Put one byte into the import's pipe, unless one is there unread."""

@@ -17,6 +17,7 @@ from etha.tensor_bus.claim_table import ClaimTable, CloseMemory, OpenMemory, Rin
 from etha.tensor_bus.claims import (
     RESTING,
     Claim,
+    Client,
     Closing,
     Event,
     Import,
@@ -57,13 +58,16 @@ class Settling:
                 for lease in list(publication.leases.values()):
                     self._detach(lease)
                     self.table.forget(lease)
+                for reader in self._unheard(publication):
+                    del publication.after[reader.id]
                 self._settle(publication, now)
                 return
         if isinstance(claim, Closing) and publication is not None and not publication.live:
             return  # it has what it wants, but for the agent's own mapping, which is being closed
         if isinstance(claim, Suspending) and publication is not None and publication.memory_closing:
             return  # likewise
-        error = verdicts.expired(claim, publication, self.table.clients, now)
+        unheard = [] if publication is None else self._unheard(publication)
+        error = verdicts.expired(claim, publication, self.table.clients, now, unheard)
         self._drop(claim, now)
         self.table.fail(claim, error)
 
@@ -91,22 +95,31 @@ class Settling:
                 self._ring(publication)
 
     def _settle_read(self, claim: Lease, publication: Publication, writer_ahead: bool, now: float) -> None:
+        if verdicts.readable(claim, publication, writer_ahead):
+            publication.lend(claim)
+            self.table.grant(claim, now)
+            return
         error = verdicts.unreadable(claim, publication, writer_ahead, self.table.label(publication.owner))
         if error is not None:
             publication.queue.remove(claim)
             self.table.fail(claim, error)
-        elif verdicts.readable(claim, publication, writer_ahead):
-            publication.lend(claim)
-            self.table.grant(claim, now)
 
     def _settle_update(self, claim: Update, publication: Publication, writer_ahead: bool, now: float) -> None:
         if publication.phase is Phase.CLOSING or not publication.live:
             publication.queue.remove(claim)
             self.table.fail(claim, verdicts.closing(publication.name))
-        elif not writer_ahead and publication.phase in RESTING and not publication.leases:
+        elif not writer_ahead and publication.phase in RESTING and not self._still_read(publication):
             publication.hand_over(claim)
             self.table.dirty.publications.add(publication.generation)
             self.table.grant(claim, now)
+
+    def _still_read(self, publication: Publication) -> bool:
+        return bool(publication.leases or (publication.after and self._unheard(publication)))
+
+    def _unheard(self, publication: Publication) -> list[Client]:
+        """Readers whose work cannot be waited for yet: a predecessor's clients that have not come back."""
+        readers = (self.table.clients.get(client) for client in publication.after)
+        return [reader for reader in readers if reader is not None and not reader.fenced]
 
     def _settle_closing(self, claim: Closing, publication: Publication, writer_ahead: bool, now: float) -> None:
         if publication.live and (writer_ahead or publication.phase not in RESTING):
@@ -144,6 +157,9 @@ class Settling:
                 claim.layout = publication.layout
                 publication.imports[claim.id] = claim
                 self.table.grant(claim, now)
+            elif publication is not None and publication.fault is not None and not publication.retrying:
+                publication.retrying = True
+                self.table.effects.append(OpenMemory(publication.generation))
 
     def _create(self, claim: Registration, now: float) -> None:
         generation = claim.generation = next(self.generations)
@@ -151,6 +167,7 @@ class Settling:
             generation, claim.name, claim.client, claim.number, claim.manifest, claim.version, now
         )
         publication.registration = claim
+        publication.fence = claim.fence
         publication.sequence = command_sequence(claim.number) or 0
         self.publications[generation] = self.names[claim.name] = publication
         self.table.clients[claim.client].publications.add(generation)
@@ -206,6 +223,10 @@ class Settling:
             self._drop(claim, now)
         del self.table.clients[client]
         self.table.dirty.clients.add(client)
+        for publication in list(self.publications.values()):
+            if publication.after.pop(client, 0):
+                self.table.dirty.publications.add(publication.generation)
+                self._settle(publication, now)
 
     def _end_update(self, publication: Publication) -> None:
         if publication.update is not None:
@@ -227,7 +248,7 @@ class Settling:
         if publication.registration is claim:
             self._end(publication, Event.END, now)
         elif publication.update is claim:
-            publication.update = None
+            self._end_update(publication)
             self._move(publication, Event.WITHDRAW, now)
         elif publication.phase is Phase.CLOSING and not self._wants_end(publication):
             self._move(publication, Event.REOPEN, now)

@@ -47,7 +47,7 @@ class Shared:
         self._sequence = sequence
         self._layout = 1
         self._retired: list[tuple[int, Export]] = []
-        self._doubtful: list[Export] = []
+        self._doubtful: dict[int, Export] = {}
         self._perhaps_suspended = False
         self._remembered: dict[str, weakref.ref[torch.Tensor]] = {}
 
@@ -80,25 +80,27 @@ class Shared:
         return export
 
     def moved(self, export: Export) -> list[SharedFd | None]:
-        """The descriptors of an export, None for each allocation that the agent surely has already."""
+        """The descriptors of an export, None for each piece that the agent surely has already."""
         if self._export is None or self._doubtful or self._perhaps_suspended:
             return list(export.fds)
-        here = set(self._export.manifest.allocations)
-        pairs = zip(export.manifest.allocations, export.fds, strict=True)
-        return [None if allocation in here else fd for allocation, fd in pairs]
+        here = set(self._export.manifest.pieces)
+        return [None if piece in here else fd for piece, fd in zip(export.manifest.pieces, export.fds, strict=True)]
 
     def replace(self, export: Export, sequence: int, layout: int) -> None:
         """The agent has it: it is what is shared now. What was before is pinned on, until `let_go`."""
-        before = [each for each in (self._export, *self._doubtful) if each is not None]
+        before = [each for each in (self._export, *self._doubtful.values()) if each is not None]
         self._retired.extend((layout - 1, each) for each in before)
-        self._doubtful.clear()
         self._perhaps_suspended = False
-        self._exports.pop(self._sequence, None)
+        for old in {self._sequence, *self._doubtful} - {sequence}:
+            self._exports.pop(old, None)
+        self._doubtful.clear()
         self._export, self._manifest, self._sequence, self._layout = export, export.manifest, sequence, layout
 
-    def doubt(self, export: Export) -> None:
-        """Whether the agent has it is not known: pin both."""
-        self._doubtful.append(export)
+    def doubt(self, export: Export, sequence: int) -> None:
+        """Whether the agent has it is not known: pin both; a successor of its may ask for either."""
+        self._doubtful[sequence] = export
+        if sequence:
+            self._exports[sequence] = export
 
     def doubt_memory(self) -> None:
         """Whether it is suspended is not known: pin what there is, and rely on nothing that the agent had."""
@@ -117,7 +119,8 @@ class Shared:
 
     def clear(self) -> None:
         """Let go of everything."""
-        self._exports.pop(self._sequence, None)
+        for sequence in (self._sequence, *self._doubtful):
+            self._exports.pop(sequence, None)
         self._export = None
         self._retired.clear()
         self._doubtful.clear()

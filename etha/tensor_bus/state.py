@@ -21,17 +21,16 @@ A version is small and changes often, a manifest is large and seldom does: hence
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
-from typing import Any, Final, TypeVar
+from collections.abc import Iterable
+from typing import Annotated, Any, Final, TypeVar
 
 import lmdb
 import msgspec
 
-from etha.errors import StaleHandle
+from etha.errors import InvalidRecord, StaleHandle
 from etha.tensor_bus.environments import fault, open_environment
 from etha.tensor_bus.ipc.manifest import Manifest
-from etha.tensor_bus.ipc.process import process_label
-from etha.tensor_bus.records import Codec, Failure, encode
+from etha.tensor_bus.records import Codec, Failure
 
 MAP_SIZE: Final = 1 << 30
 _NUMBER: Final = struct.Struct(">Q")
@@ -69,25 +68,27 @@ class ClientRecord(msgspec.Struct, frozen=True, array_like=True):
         started: when the process started, clock ticks since boot: with the pid, its identity. 0 if it was hidden.
         connected: False when the connection ended and the process lives on.
         since: ``CLOCK_BOOTTIME`` seconds.
+        slot: its own in the agent's fences, if that has any.
     """
 
-    pid: int
+    pid: Annotated[int, msgspec.Meta(gt=0, lt=1 << 31)]
     label: str
     started: int
     connected: bool
     since: float
+    slot: int = 0
 
 
 class GenerationRecord(msgspec.Struct, frozen=True, array_like=True):
     """The newest generation: a successor gives larger numbers only, so that no handle is ever mistaken for another."""
 
-    newest: int
+    newest: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 
 class ServedRecord(msgspec.Struct, frozen=True, array_like=True):
     """The largest sequence number of a client that was served."""
 
-    sequence: int
+    sequence: Annotated[int, msgspec.Meta(ge=0)]
 
 
 class OutcomeRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -122,9 +123,9 @@ class PublicationRecord(msgspec.Struct, frozen=True, array_like=True):
     label: str
     manifest: Manifest
     since: float
-    number: int
-    sequence: int
-    layout: int
+    number: Annotated[int, msgspec.Meta(ge=0)]
+    sequence: Annotated[int, msgspec.Meta(ge=0)]
+    layout: Annotated[int, msgspec.Meta(gt=0)]
 
 
 class VersionRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -140,17 +141,21 @@ class VersionRecord(msgspec.Struct, frozen=True, array_like=True):
         rest: the phase that it returns to when what is going on is withdrawn.
         recovering: the agent is new and has no descriptors of the memory yet: subscriptions wait.
         suspended: the owner has taken its memory back for a while.
+        fence: the point of the owner's work behind which the version is whole; 0: it is.
+        after: clients that have read it, with the points of their work behind which they read no more.
     """
 
-    version: int
+    version: Annotated[int, msgspec.Meta(ge=0)]
     phase: str
-    writes: int
+    writes: Annotated[int, msgspec.Meta(ge=0)]
     guarded: bool
     wanted: bool
     since: float
     rest: str
     recovering: bool
     suspended: bool
+    fence: int = 0
+    after: tuple[tuple[bytes, int], ...] = ()
 
 
 class ClaimRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -211,6 +216,8 @@ _LETTERS: Final[dict[type[Any], bytes]] = {
 }
 _CODECS: Final[dict[bytes, Codec[Any]]] = {letter: Codec(kind) for kind, letter in _LETTERS.items()}
 
+_KEY_BYTES: Final = {b"a": 1, b"g": 1, b"c": 17, b"s": 17, b"o": 25, b"p": 9, b"v": 9, b"m": 9, b"k": 25}
+
 AGENT_KEY: Final = b"a"
 GENERATION_KEY: Final = b"g"
 
@@ -260,46 +267,6 @@ def key_number(key: bytes) -> int:
     return int(_NUMBER.unpack(key[-_NUMBER.size :])[0])
 
 
-class StateWriter:
-    """The agent's side. One per agent, used by its control loop only."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._environment = open_environment(path, map_size=MAP_SIZE, create=True)
-
-    def write(self, changes: Mapping[bytes, msgspec.Struct | None]) -> None:
-        """Commit all changes in one transaction; None deletes.
-
-        Raises:
-            QueueFull: the file has reached its size, or the disk is full. Nothing was written.
-        """
-        try:
-            with self._environment, self._environment.env.begin(write=True) as transaction:
-                for key, record in changes.items():
-                    if record is None:
-                        transaction.delete(key)
-                    else:
-                        transaction.put(key, encode(record))
-        except lmdb.Error as error:
-            raise fault(self.path, error) from error
-
-    def reader_check(self) -> int:
-        """Free the reader slots of dead processes; returns how many there were."""
-        with self._environment:
-            return int(self._environment.env.reader_check())
-
-    def oldest_reader(self) -> str | None:
-        """The process in whose read transaction the oldest pages are kept, and in which no page is reused, or None."""
-        with self._environment:
-            rows = [line.split() for line in self._environment.env.readers().splitlines()[1:]]
-        reading = [(int(row[2]), int(row[0])) for row in rows if len(row) == 3 and row[2].isdigit()]
-        return process_label(min(reading)[1]) if reading else None
-
-    def close(self) -> None:
-        """Give back this use of the file."""
-        self._environment.close()
-
-
 class StateReader:
     """A worker's or a tool's side. Safe across threads; holds no transaction between calls."""
 
@@ -311,6 +278,10 @@ class StateReader:
         """
         self.path = path
         self._environment = open_environment(path, map_size=MAP_SIZE, readonly=True)
+
+    def superseded(self) -> bool:
+        """Whether another file stands at the path now: an agent has begun anew, and knows nothing of what is here."""
+        return self._environment.superseded()
 
     def agent(self) -> AgentRecord | None:
         """Who serves, or served last."""
@@ -362,6 +333,8 @@ class StateReader:
             raise fault(self.path, error) from error
         result: dict[type[Any], dict[bytes, Any]] = {kind: {} for kind in letters.values()}
         for key, data in raw:
+            if len(key) != _KEY_BYTES[key[:1]]:
+                raise InvalidRecord(f"{self.path} has a key of {len(key)} bytes.", resource=self.path)
             result[letters[key[:1]]][key] = _CODECS[key[:1]].decode(data)
         return result
 

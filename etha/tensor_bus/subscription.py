@@ -82,12 +82,17 @@ class Subscription:
             OwnerDiedError, PublicationClosed: there will be no more versions.
             DeadlockError: waiting would close a cycle.
             AgentTimeout, AgentGone: the agent does not answer, or is no more.
+            StreamCapturing: the current stream is being captured into a CUDA graph.
             InvalidArgument: both versions were given, or a negative one.
         """
         self._require_open()
-        self._check_versions(version, min_version)
+        if version is not None or min_version is not None:
+            self._check_versions(version, min_version)
         deadline = clock.deadline_after(timeout)
-        self._silence()
+        if self._bell is not None:
+            self._silence()
+        if self._link.device.ordered:
+            self._link.device.order.require_open()
         patient = False
         while True:
             mapped = self._mapped
@@ -95,7 +100,9 @@ class Subscription:
             try:
                 lease = self._ask(asked)
             except StaleHandle:
-                if mapped is self._mapped or self._closed:
+                if self._closed:
+                    self._require_open()  # another thread has closed it, meanwhile; this says so
+                if mapped is self._mapped:
                     raise
                 continue  # another thread has mapped anew, and given back the import that this asked through
             except (PublicationClosed, OwnerDiedError) as error:
@@ -104,7 +111,7 @@ class Subscription:
                 raise
             if lease is not None:
                 return lease
-            patient = self._unmap()
+            patient = self._unmap(deadline)
 
     def _ask(self, asked: Asked) -> Lease | None:
         """One request; None if the memory is to be unmapped first."""
@@ -131,6 +138,8 @@ class Subscription:
                 raise TypeError(f"a lease was expected, not {type(reply).__name__}")
             tensors = self._mapped.at(reply.layout)
             lease._hold(reply, self._map_again(asked) if tensors is None else tensors)
+            if reply.fence:
+                link.device.order.follow(reply.slot, reply.fence)
             if self._closed:  # by another thread, meanwhile: it may have taken the tensors away already
                 self._require_open()
             self._seen = max(self._seen, reply.version)
@@ -139,13 +148,14 @@ class Subscription:
             raise
         return lease
 
-    def _unmap(self) -> bool:
+    def _unmap(self, deadline: float) -> bool:
         """The owner wants its memory back; whether a tensor that somebody keeps stands in the way."""
         with self._lock:
             mapped = self._mapped
             mapped.unmap()  # a second time only tells it again: an agent has died that had been told
+        self._link.device.done(deadline)
         self._link.reap()
-        return self._link.still_mapped(mapped.number)
+        return mapped.number in self._link.endings
 
     def _map_again(self, asked: Asked) -> Mapping[str, torch.Tensor]:
         """The memory lies elsewhere now; its tensors. A lease is held, so it stays there meanwhile."""

@@ -35,6 +35,11 @@ class Update:
         self.version: int | None = None
         """The version that was published, once it was."""
 
+    @property
+    def held(self) -> bool:
+        """True from its grant to its end, however it ends."""
+        return self._held
+
     def __enter__(self) -> Update:
         publication = self._publication
         publication._require_open()
@@ -43,9 +48,16 @@ class Update:
             raise InvalidArgument(
                 "an update is entered once.", resource=publication.name, remedy="Call update() again."
             )
+        return self.begin()
+
+    def begin(self) -> Update:
+        """Enter it, whether there is memory to be written or not."""
+        publication = self._publication
         with publication._lock:
             publication._next_version(self._asked)
         link = publication._link
+        if link.device.ordered:
+            link.device.order.require_open()
         deadline = clock.deadline_after(self._timeout)
         publication._tell_torn(deadline)
         self._number = link.number()
@@ -65,6 +77,8 @@ class Update:
             if isinstance(reply, packets.MayWrite):
                 link.note_served(reply.served)
                 publication._shared.let_go(reply.oldest)
+                for slot, fence in reply.after:
+                    link.device.order.follow(slot, fence)
         except BaseException:
             self.give_back()
             raise
@@ -100,7 +114,8 @@ class Update:
         with publication._lock:
             version = publication._next_version(self._asked)
             if publication._link.connection.usable:
-                publication._commit(Ticket(), Publish(publication.generation, version, self._number))
+                fence = publication._link.device.order.mark()
+                publication._commit(Ticket(), Publish(publication.generation, version, self._number, fence))
             publication._version = version
             self.version = version
             publication._link.connection.claims.discard(self._number)  # only now: the queue says how it has ended

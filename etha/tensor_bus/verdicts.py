@@ -3,7 +3,7 @@ Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from etha.errors import (
     AgentTimeout,
@@ -29,6 +29,7 @@ from etha.tensor_bus.claims import (
     Phase,
     Publication,
     Rebinding,
+    Registration,
     Suspending,
     Update,
 )
@@ -132,6 +133,27 @@ def taken(name: str, owner: str) -> NameTaken:
     )
 
 
+def _never_freed(name: str, owner: str) -> NameTaken:
+    """The name's owner has no connection, so it might have been dying; it lives still."""
+    return NameTaken(
+        f'"{name}" is published by {owner}, which has no connection to the agent, and lives.',
+        resource=name,
+        holder=owner,
+        remedy="Wait for its end, or end it; or choose another name.",
+    )
+
+
+def unopened(name: str, error: EthaError) -> EthaError:
+    """An agent that has followed another cannot open the publication's memory, for this reason."""
+    again = "The next subscribe() tries again; its owner's rebind() gives it other memory."
+    return type(error)(
+        f'the memory of "{name}" could not be opened by an agent that has followed another: {error.message}',
+        resource=error.resource,
+        holder=error.holder,
+        remedy=again if error.remedy is None else f"{again} {error.remedy}",
+    )
+
+
 def over(generation: int) -> StaleHandle:
     """The publication is no more."""
     return StaleHandle(
@@ -170,9 +192,20 @@ def unsubscribed(name: str) -> StaleHandle:
     )
 
 
-def expired(claim: Claim, publication: Publication | None, clients: Mapping[bytes, Client], now: float) -> EthaError:
-    """Why the claim was not granted by its deadline, naming who stood in the way."""
+def expired(
+    claim: Claim,
+    publication: Publication | None,
+    clients: Mapping[bytes, Client],
+    now: float,
+    unheard: Collection[Client] = (),
+) -> EthaError:
+    """Why the claim was not granted by its deadline, naming who stood in the way.
+
+    ``unheard``: readers whose work cannot be waited for yet.
+    """
     name = claim.name
+    if isinstance(claim, Import) and publication is not None and publication.fault is not None:
+        return publication.fault
     if isinstance(claim, Import) and publication is not None and (publication.recovering or publication.suspended):
         owner = _label(publication.owner, clients)
         why = "has suspended it" if publication.suspended else "has made no call since the agent was started anew"
@@ -196,6 +229,10 @@ def expired(claim: Claim, publication: Publication | None, clients: Mapping[byte
             resource=name,
             remedy="Register again with a longer timeout.",
         )
+    if isinstance(claim, Registration):
+        has_it = clients.get(publication.owner)
+        if has_it is not None and not (claim.replace and has_it.pid == claim.actor[0]):
+            return taken(name, has_it.label) if has_it.connected else _never_freed(name, has_it.label)
     if isinstance(claim, Rebinding):
         return AgentTimeout(
             f'the memory of "{name}" was not opened by the deadline; it is where it was.',
@@ -214,6 +251,15 @@ def expired(claim: Claim, publication: Publication | None, clients: Mapping[byte
             resource=name,
             holder=_label(publication.owner, clients),
             remedy="Its owner has not published a newer one; wait longer.",
+        )
+    if isinstance(claim, Update) and unheard:
+        holder = ", ".join(dict.fromkeys(reader.label for reader in unheard))
+        return LeaseTimeout(
+            f'{holder} has read "{name}", and has made no call since the agent was started anew: until then its device'
+            " work cannot be waited for.",
+            resource=name,
+            holder=holder,
+            remedy='Wait longer, or update(on_timeout="revoke") if that work is surely done.',
         )
     if isinstance(claim, Update):
         return _held_by(publication.waiting_updates(), "been waiting to update", name, now)

@@ -85,7 +85,8 @@ class Mail(deque[Raw]):
                 os.close(fd)
 
     def __del__(self) -> None:
-        self.close()
+        if self or self._closing:
+            self.close()
 
 
 def is_whole(raw: Raw) -> bool:
@@ -115,18 +116,17 @@ def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
         InvalidRecord: it was cut short. Its descriptors are closed.
         ConnectionError: the peer is gone.
     """
-    mail = Mail()
-    mail.collect(sock)
-    try:
-        require_whole(mail[0])
-    except InvalidRecord:
-        mail.close()
-        raise
-    raw = mail.popleft()
-    return raw[0], _rights(raw)
+    raw = sock.recvmsg(MAX_PACKET_BYTES, _ANCILLARY_BYTES, _RECEIVE_FLAGS)
+    fds = _rights(raw)
+    if not is_whole(raw):
+        close_all(fds)
+        require_whole(raw)
+    return raw[0], fds
 
 
 def _rights(raw: Raw) -> list[int]:
+    if not raw[1]:
+        return []
     rights = array.array("i")
     for level, kind, payload in raw[1]:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

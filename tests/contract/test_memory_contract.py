@@ -26,7 +26,7 @@ from ipc_helpers import in_fork
 from worlds import WORLDS, World, pattern
 
 from etha.errors import EthaError, InvalidRecord, LeaseReleased, NotShareable, StorageMoved
-from etha.tensor_bus.ipc.cuda_records import VirtualAllocation
+from etha.tensor_bus.ipc.allocations import VirtualAllocation
 from etha.tensor_bus.ipc.mapping import ImportedMemory, MappingTable
 
 PATIENCE = 60.0

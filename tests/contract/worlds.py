@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from fake_backend import FakeBackend
 from fake_driver import GRANULARITY, FakeDriver
 
 from etha.tensor_bus.ipc import host, mapping
 from etha.tensor_bus.ipc.cuda import Device
 from etha.tensor_bus.ipc.cuda_backend import CudaBackend
-from etha.tensor_bus.ipc.cuda_records import CudaManifest
 from etha.tensor_bus.ipc.export import Export
 from etha.tensor_bus.ipc.manifest import Manifest
 from etha.tensor_bus.ipc.mapping import ImportedMemory, MappingTable
@@ -39,7 +39,7 @@ class World:
 
     name = ""
     read_only = True
-    manifest_type: Any = CudaManifest
+    manifest_type: Any = Manifest
 
     def tensors(self, *sizes: int) -> list[torch.Tensor]:
         """Tensors of so many bytes each that can be shared, filled with their `pattern`."""
@@ -100,7 +100,7 @@ class FakeCudaWorld(World):
     def __init__(self) -> None:
         self.driver = FakeDriver()
         self.device = Device(self.driver, self.driver.uuids[0])
-        self.backend = CudaBackend(self.device, os.urandom(16), kind="cpu")
+        self.backend = FakeBackend(self.device, os.urandom(16))
 
     def _fill(self, address: int, sizes: Sequence[int], stride: int) -> list[torch.Tensor]:
         made = []
@@ -118,7 +118,7 @@ class FakeCudaWorld(World):
         return self.backend.export(tensors)
 
     def import_memory(self, manifest: Any, fds: Sequence[int], table: MappingTable) -> ImportedMemory:
-        return self.backend.import_memory(manifest, fds, table)
+        return mapping.import_memory(manifest, fds, table, self.backend)
 
     def settle(self, table: MappingTable) -> None:
         table.reap()
@@ -185,7 +185,7 @@ class CudaWorld(World):
         return self.backend.export(tensors)
 
     def import_memory(self, manifest: Any, fds: Sequence[int], table: MappingTable) -> ImportedMemory:
-        return self.backend.import_memory(manifest, fds, table)
+        return mapping.import_memory(manifest, fds, table, self.backend)
 
     def read(self, buffer: ctypes.Array[ctypes.c_ubyte]) -> bytes:
         class Seen:

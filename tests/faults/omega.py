@@ -35,8 +35,17 @@ QUEUE_SLACK = 64
 class Omega:
     """The baseline of a scene at rest, and what has come to differ from it."""
 
-    def __init__(self, scene: Scene) -> None:
+    def __init__(self, scene: Scene, may_say: str | None = None, slack: int = QUEUE_SLACK) -> None:
+        """The scene is at rest.
+
+        Args:
+            scene: what is looked at.
+            may_say: a pattern of the lines that its agent may put on stderr; by default none.
+            slack: pages by which the queue's file may grow over a whole series of rounds.
+        """
         self._scene = scene
+        self._may_say = may_say
+        self._slack = slack
         self._paths = agent_paths(0, str(scene.runtime / "agent_rank0_command.lmdb"), scene.state.path)
         self._queue = CommandQueue(self._paths)
         self._canaries = 0
@@ -70,6 +79,12 @@ class Omega:
     def dead_readers(self) -> list[int]:
         """Pids of the dead that still have a reader slot of one of the files."""
         return [pid for pid in self._readers() if not Path(f"/proc/{pid}").exists()]
+
+    def strange_lines(self) -> list[str]:
+        """What the agent has said and may not say."""
+        text = self._scene.agent.errors.read_text(errors="backslashreplace")
+        lines = text.removeprefix(self._heard).split("\n")
+        return [line for line in lines if line and not (self._may_say and re.match(self._may_say, line))]
 
     # -- what may take a moment -------------------------------------------------------------------
 
@@ -179,10 +194,10 @@ class Omega:
             found.append(f"the state is that of {record}, and pid {agent.pid} was expected")
         elif record.counters.get("mistakes"):
             found.append(f"the agent counts mistakes of its own: {record.counters}")
-        if said := agent.errors.read_text().removeprefix(self._heard):
+        if said := self.strange_lines():
             found.append(f"the agent said: {said}")
         grown = self._last_page() - self._pages
-        if grown > QUEUE_SLACK:
+        if grown > self._slack:
             found.append(f"the queue's file has grown by {grown} pages")
         return found
 

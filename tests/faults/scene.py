@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from harness import PRELUDE, Agent, Worker
+from requiring import require
 
 from etha.tensor_bus.state import PublicationRecord, StateReader, VersionRecord, version_key
 
@@ -97,22 +98,24 @@ class Scene:
         worker.destroy()
         self.workers.remove(worker)
 
-    def follow(self) -> None:
+    def follow(self, *, silent: bool = True) -> None:
         """The agent is dead, or dies now; start another on its path."""
-        self.end_agent()
+        self.end_agent(silent=silent)
         self.agent = self._start()
 
-    def end_agent(self) -> None:
-        """SIGKILL the agent, if it lives. It has said nothing."""
+    def end_agent(self, *, silent: bool = True) -> None:
+        """SIGKILL the agent, if it lives. It has said nothing, unless it may have something to say."""
         self.agent.kill()
         self.agent.process.wait()
         self.agent.process.stdout.close()
-        assert self.agent.errors.read_text() == ""
+        said = self.agent.errors.read_text()
+        require(said == "" or not silent, f"the agent said: {said}")
 
     def step(self) -> None:
         """The owner writes a version."""
         self.version += 1
-        assert self.owner.do("step(20)") == self.version
+        found = self.owner.do("step(20)")
+        require(found == self.version, f"a step to version {self.version} ended with {found}")
 
     def named(self, name: str) -> list[int]:
         """Generations of the publications of a name that are not over."""

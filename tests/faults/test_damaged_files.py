@@ -26,7 +26,8 @@ from harness import PRELUDE, Worker
 from omega import Omega
 from scene import PLAYER, Scene
 
-from etha.tensor_bus.state import AGENT_KEY, ClaimRecord, StateReader, StateWriter
+from etha.tensor_bus.state import AGENT_KEY, ClaimRecord, StateReader
+from etha.tensor_bus.state_writer import StateWriter
 
 FILES = ("agent_rank0_state.lmdb", "agent_rank0_command.lmdb")
 LOCK = "agent_rank0_command.lmdb.agent"

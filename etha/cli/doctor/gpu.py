@@ -1,7 +1,8 @@
 """GPUs: which are here, which of them CUDA would show this process, and what stands in the way.
 
-etha serves host memory only today. So no GPU is no fault, and a GPU is only described: what is said to be degraded is
-what will stand in the way of sharing its memory. ``--device cuda`` asks for a GPU, ``--device cpu`` for none.
+etha's GPU path has run on a fake driver only. So no GPU is no fault, and a GPU is only described: what is said to be
+degraded is what will stand in the way of sharing its memory. No call of CUDA's is tried. ``--device cuda`` asks for a
+GPU, ``--device cpu`` for none.
 
 Source of the rules of ``CUDA_VISIBLE_DEVICES``: CUDA C++ Programming Guide, "CUDA Environment Variables".
 """
@@ -22,7 +23,7 @@ VISIBLE: Final = Gate("gpu", "CUDA_VISIBLE_DEVICES", "resolving it against the d
 MODE: Final = Gate("gpu", "compute mode", "asking nvidia-smi")
 ALLOCATOR: Final = Gate("gpu", "allocator", "reading PYTORCH_CUDA_ALLOC_CONF and PYTORCH_ALLOC_CONF")
 
-HOST_ONLY: Final = "etha serves host memory only today"
+UNTRIED: Final = "etha's GPU path has run on a fake driver only"
 _WANT_NONE: Final = "or say that you want no GPU: etha doctor --device cpu"
 
 
@@ -75,13 +76,13 @@ def _here(found: Nvidia, wanted: bool) -> Finding:
     if not found.present:
         seen = f"no GPU here: {', '.join(found.missing)} missing"
         if not wanted:
-            return GPU.ok(f"{seen}. No fault: {HOST_ONLY}", "host memory is shared without one")
+            return GPU.ok(f"{seen}. No fault", "host memory is shared without one")
         remedy = fitting(
             f"Install NVIDIA's driver, {_WANT_NONE}",
             docker=f"docker run --gpus all  # {_WANT_NONE}",
             kubernetes=f"resources: {{limits: {{nvidia.com/gpu: 1}}}}  # {_WANT_NONE}",
         )
-        return GPU.broken(seen, f"no tensor can lie on a GPU; {HOST_ONLY}", remedy)
+        return GPU.broken(seen, f"no tensor can lie on a GPU; {UNTRIED}", remedy)
     seen = f"{len(found.gpus) or len(found.devices)} GPU, driver {found.module or 'unknown'}"
     verdict = GPU.broken if wanted else GPU.degraded
     if found.missing:
@@ -100,11 +101,11 @@ def _here(found: Nvidia, wanted: bool) -> Finding:
     names = ", ".join(
         f"{gpu.index} {gpu.name} {gpu.uuid}{' (MIG)' if gpu.mig == 'Enabled' else ''}" for gpu in found.gpus
     )
-    return GPU.ok(f"{seen}: {names}. {HOST_ONLY}", "GPU memory cannot be published yet")
+    return GPU.ok(f"{seen}: {names}. {UNTRIED}", "an agent may serve one: etha agent --device cuda:0")
 
 
 def _means() -> str:
-    return f"CUDA will not start in this process; {HOST_ONLY}"
+    return f"CUDA will not start in this process; {UNTRIED}"
 
 
 def _give(found: Nvidia) -> str:
@@ -128,13 +129,13 @@ def _visible(gpus: tuple[Gpu, ...], value: str | None, order: str) -> Finding:
     if unknown is not None and gpus and not unknown.startswith("MIG-") and unknown != "-1":
         return VISIBLE.degraded(
             f"{seen}; {unknown!r} names no device here",
-            f"CUDA shows nothing from there on; {HOST_ONLY}",
+            f"CUDA shows nothing from there on; {UNTRIED}",
             "Set it to UUIDs of: nvidia-smi -L",
         )
     if not shown and not (unknown or "").startswith("MIG-"):
         return VISIBLE.degraded(
             f"{value!r} hides every GPU",
-            f"this process sees none; {HOST_ONLY}",
+            f"this process sees none; {UNTRIED}",
             f"unset CUDA_VISIBLE_DEVICES  # {_WANT_NONE}",
         )
     mixed = len({gpu.name for gpu in gpus}) > 1 and order != "PCI_BUS_ID" and value[:1].isdigit()
@@ -150,7 +151,7 @@ def _mode(gpus: tuple[Gpu, ...], environment: dict[str, str]) -> Finding:
         first = strict[0]
         return MODE.degraded(
             f"GPU {first.index} is {first.compute_mode}",
-            f"agent and worker could not both use it; {HOST_ONLY}",
+            f"agent and worker could not both use it; {UNTRIED}",
             f"sudo nvidia-smi -i {first.uuid} -c DEFAULT",
         )
     modes = sorted({gpu.compute_mode for gpu in gpus})
@@ -163,9 +164,9 @@ def _allocator(environment: dict[str, str]) -> Finding:
     if "backend:cudaMallocAsync" in settings:
         return ALLOCATOR.degraded(
             value,
-            f"memory of CUDA's own pools cannot be exported by torch; {HOST_ONLY}",
+            f"memory of CUDA's own pools cannot be exported by torch; {UNTRIED}",
             "Take backend:cudaMallocAsync out of it: the default allocator can be shared.",
         )
     if "expandable_segments:True" in settings:
-        return ALLOCATOR.ok(value, f"allocations are virtual memory, shared by descriptor; {HOST_ONLY}")
-    return ALLOCATOR.ok(value or "not set", f"allocations are cudaMalloc's, shared by legacy handles; {HOST_ONLY}")
+        return ALLOCATOR.ok(value, f"allocations are virtual memory, shared by descriptor; {UNTRIED}")
+    return ALLOCATOR.ok(value or "not set", f"allocations are cudaMalloc's, shared by legacy handles; {UNTRIED}")

@@ -149,14 +149,14 @@ def _judge_cuda(found: dict[str, str | None]) -> Finding:
     seen = ", ".join(f"{name} {version or 'none'}" for name, version in pairs.items())
     module = numbers(found["NVIDIA driver"] or "")
     if module and found["torch"] and not found["torch CUDA"]:
-        return CUDA.ok(seen, "this torch has no CUDA: it cannot use the GPU, and etha serves host memory only today")
+        return CUDA.ok(seen, "this torch has no CUDA: its tensors lie in host memory")
     for name in ("torch CUDA", "cuda-bindings"):
         major = numbers(found[name] or "")[:1]
         needed = _DRIVER_FOR_CUDA.get(major[0], 0) if major else 0
         if module and module[0] < needed:
             return CUDA.degraded(
                 seen,
-                f"{name} {found[name]} needs a driver >= {needed}; etha serves host memory only today",
+                f"{name} {found[name]} needs a driver >= {needed}; host memory needs none",
                 f"Install a driver >= {needed}, or a {name.split()[0]} for an older CUDA.",
             )
-    return CUDA.ok(seen, "they fit; etha serves host memory only today")
+    return CUDA.ok(seen, "they fit")

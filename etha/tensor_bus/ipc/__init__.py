@@ -2,8 +2,8 @@
 
 From the bottom up; nothing here imports torch before it is given tensors::
 
-    manifest      the records, and the one pure check of them
-    cuda_records  those of device memory, not frozen yet
+    allocations   the records of what is shared as a whole: a file, a handle, a run of chunks
+    manifest      the records of what lies in it, and the one pure check of all of them
     libc          the system calls that Python's library lacks
     process       what /proc says about a process: label, state, start time, boot, PID namespace
     driver        the CUDA driver's calls, behind a Protocol; nothing of CUDA is loaded before they are needed
@@ -14,15 +14,17 @@ From the bottom up; nothing here imports torch before it is given tensors::
     survey        the tensors of one publication, gone through once, before anything is exported
     export        what an owner holds for one publication: manifest, descriptors, pin
     host          host memory: torch's shared storages, by descriptor
-    backend       which backend serves a device type (``cuda`` will stand beside ``host`` there)
+    backend       what every kind of memory can do, and the backend of the host
+    devices       names of devices, and what a device is in every process
     cuda          device memory: a device, opening and closing what was exported there
     cuda_export   which kind of device memory a pointer is, and its export
+    cuda_backend  the backend of a device
     fence         the order of streams across processes
+    order         the order of a client's work and others', on the host and on a device
     mapping       the process's table of opened allocations, reference-counted, and imports of it
-    cuda_backend  device memory through that table; the bus does not reach it yet
     view          mapping and spec to `torch.Tensor`
     leftovers     what torch left in /dev/shm for a process that died
     observation   which memory of another process holds a publication
-    fetching      descriptors of a publication's memory, taken from its owner while that is idle
+    fetching      descriptors of an owner's publications, taken from it while it is idle
     peer          the process at the other end: its pidfd and credentials, and who may trace us
 """

@@ -1,18 +1,25 @@
-"""The seam between kinds of memory: what every backend can do, and which one serves a device type.
+"""The seam between kinds of memory: what every backend can do, and the one for host memory.
 
-A caller asks `backend_for` once and never looks at a device again; ``cuda`` will be a second `Backend` here.
+Whoever shares, opens or views memory asks a `Backend` and never looks at a device. `HOST` is here; that of a device is
+`etha.tensor_bus.ipc.cuda_backend.CudaBackend`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Final, Protocol
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final, Protocol
 
-from etha.errors import InvalidArgument
+from etha.errors import InvalidRecord
 from etha.tensor_bus.ipc import host
+from etha.tensor_bus.ipc.allocations import Allocation, HostAllocation
 from etha.tensor_bus.ipc.export import Export
-from etha.tensor_bus.ipc.manifest import Allocation
+
+if TYPE_CHECKING:
+    import torch
+
+Buffer = ctypes.Array[ctypes.c_ubyte]
+"""Bytes by their address; whether the host may touch them is the backend's to say."""
 
 
 class Opened(Protocol):
@@ -27,43 +34,76 @@ class Opened(Protocol):
         """Bytes, > 0."""
 
     def close(self) -> None:
-        """Unmap; idempotent. Only called when no view is left."""
+        """Unmap, or have it unmapped by `Backend.settle`; idempotent. Only called when no view is left."""
 
 
-@dataclass(frozen=True)
-class Backend:
-    """What a kind of memory offers.
+class Backend(Protocol):
+    """What a kind of memory offers."""
 
-    Attributes:
-        kind: the device type it serves, as in ``torch.device.type``.
-        export: tensors by name to an `Export`; raises `InvalidArgument`, `NotShareable` or `SystemLimit`.
-        check_descriptor: refuses a descriptor that is not what an allocation claims; raises `StaleHandle` or
-            `InvalidRecord`.
-        open_allocation: descriptor and claim to an `Opened`, read-only; checks the descriptor first.
-    """
+    @property
+    def kind(self) -> str:
+        """The device type that it serves, as in ``torch.device.type``."""
 
-    kind: str
-    export: Callable[[Mapping[str, object]], Export]
-    check_descriptor: Callable[[int, Allocation], None]
-    open_allocation: Callable[[int, Allocation], Opened]
+    def export(self, tensors: Mapping[str, object]) -> Export:
+        """Describe and pin the memory under tensors; raises `InvalidArgument`, `NotShareable` or `SystemLimit`."""
+
+    def check_descriptors(self, allocation: Allocation, fds: Sequence[int]) -> None:
+        """Refuse descriptors that are not what an allocation claims, as far as that can be told; raises `StaleHandle`
+        or `InvalidRecord`."""
+
+    def open_allocation(self, allocation: Allocation, fds: Sequence[int]) -> Opened:
+        """Open an allocation, read-only where that can be, after its descriptors have been checked. They are neither
+        kept nor closed."""
+
+    def base(self, buffer: Buffer) -> torch.Tensor:
+        """A uint8 tensor of exactly the buffer's bytes, which keeps the buffer alive."""
+
+    def empty(self) -> torch.Tensor:
+        """A uint8 tensor without elements, on the device."""
+
+    def settle(self) -> bool:
+        """Unmap what was closed and could not be unmapped at once; whether nothing waits for that any more."""
 
 
-HOST: Final = Backend("cpu", host.export, host.check_descriptor, host.open_allocation)
+class HostBackend:
+    """Host memory. Opening maps, and closing unmaps, at once."""
+
+    kind = "cpu"
+
+    def export(self, tensors: Mapping[str, object]) -> Export:
+        """See `etha.tensor_bus.ipc.host.export`."""
+        return host.export(tensors)
+
+    def check_descriptors(self, allocation: Allocation, fds: Sequence[int]) -> None:
+        """See `etha.tensor_bus.ipc.host.check_descriptor`."""
+        host.check_descriptor(*self._file(allocation, fds))
+
+    def open_allocation(self, allocation: Allocation, fds: Sequence[int]) -> Opened:
+        """See `etha.tensor_bus.ipc.host.open_allocation`."""
+        return host.open_allocation(*self._file(allocation, fds))
+
+    def base(self, buffer: Buffer) -> torch.Tensor:
+        """Over the mapped bytes themselves."""
+        import torch
+
+        return torch.frombuffer(buffer, dtype=torch.uint8)
+
+    def empty(self) -> torch.Tensor:
+        """On the CPU, whatever the default device is."""
+        import torch
+
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+
+    def settle(self) -> bool:
+        """Nothing ever waits."""
+        return True
+
+    def _file(self, allocation: Allocation, fds: Sequence[int]) -> tuple[int, HostAllocation]:
+        if not isinstance(allocation, HostAllocation) or len(fds) != 1:
+            raise InvalidRecord(
+                f"An allocation with {len(fds)} descriptors is no file of host memory.", resource="allocations"
+            )
+        return fds[0], allocation
 
 
-def backend_for(device_type: str) -> Backend:
-    """The backend that serves a device type.
-
-    Args:
-        device_type: as in ``torch.device.type``, without an index.
-
-    Raises:
-        InvalidArgument: this build has none for it.
-    """
-    if device_type == HOST.kind:
-        return HOST
-    raise InvalidArgument(
-        f"No backend serves {device_type!r} memory; this build has host memory only.",
-        resource=device_type,
-        remedy="Use an agent whose device is cpu.",
-    )
+HOST: Final = HostBackend()

@@ -22,7 +22,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from etha.errors import InvalidArgument, InvalidRecord, StaleHandle, SystemFault
-from etha.tensor_bus.ipc.cuda_records import CudaAllocation, LegacyAllocation, VirtualAllocation, descriptors
+from etha.tensor_bus.ipc.allocations import (
+    Allocation,
+    CudaAllocation,
+    LegacyAllocation,
+    VirtualAllocation,
+    pieces,
+)
 from etha.tensor_bus.ipc.driver import INVALID_CONTEXT, Driver
 from etha.tensor_bus.ipc.undo import Undo
 
@@ -87,7 +93,7 @@ class Device:
         self._pid = os.getpid()
         self._retired: deque[Undo] = deque()
         self._unsettled: set[Undo] = set()
-        self._origins: dict[CudaAllocation, weakref.WeakSet[Origin]] = {}
+        self._origins: dict[Allocation, weakref.WeakSet[Origin]] = {}
         self._context = driver.retain_context(self.ordinal)
         self._held = True
 
@@ -102,12 +108,12 @@ class Device:
 
     # -- what was exported here -----------------------------------------------------------------------------------
 
-    def add_origin(self, allocation: CudaAllocation, origin: Origin) -> None:
+    def add_origin(self, allocation: Allocation, origin: Origin) -> None:
         """This process has exported an allocation; whoever opens it here gets an alias while ``origin`` lives."""
         self._origins = {known: alive for known, alive in self._origins.items() if alive}
         self._origins.setdefault(allocation, weakref.WeakSet()).add(origin)
 
-    def origin(self, allocation: CudaAllocation) -> Origin | None:
+    def origin(self, allocation: Allocation) -> Origin | None:
         """Where an allocation lies if this process exported it."""
         return next(iter(self._origins.get(allocation, ())), None)
 
@@ -241,7 +247,7 @@ def open_allocation(device: Device, allocation: CudaAllocation, fds: Sequence[in
 
     Args:
         device: this process's, and the allocation's.
-        allocation: from a manifest that has passed `cuda_records.validate`.
+        allocation: from a manifest that has passed `manifest.validate`.
         fds: one per chunk of virtual memory, in order; none for legacy memory. Neither kept nor closed.
 
     Returns:
@@ -260,8 +266,9 @@ def open_allocation(device: Device, allocation: CudaAllocation, fds: Sequence[in
             resource=allocation.device.hex(),
             remedy="Read it from a process on its own device.",
         )
-    if len(fds) != descriptors(allocation):
-        raise InvalidRecord(f"{len(fds)} descriptors came for {descriptors(allocation)} chunks.", resource="fds")
+    chunks = len(pieces(allocation))
+    if len(fds) != chunks:
+        raise InvalidRecord(f"{len(fds)} descriptors came for {chunks} chunks.", resource="fds")
     origin = device.origin(allocation)
     if origin is not None:
         return Alias(allocation, origin)

@@ -12,25 +12,23 @@ from __future__ import annotations
 import enum
 import os
 from bisect import bisect_right, insort
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from etha.errors import DriverError, InvalidArgument, InvalidRecord, NotShareable
 from etha.tensor_bus.ipc import driver as api
-from etha.tensor_bus.ipc.cuda import Device, Origin
-from etha.tensor_bus.ipc.cuda_records import (
+from etha.tensor_bus.ipc.allocations import (
     OWNER_BYTES,
     Chunk,
     CudaAllocation,
-    CudaManifest,
     LegacyAllocation,
     VirtualAllocation,
-    validate,
 )
+from etha.tensor_bus.ipc.cuda import Device, Origin
 from etha.tensor_bus.ipc.descriptors import SharedFd, reserve_descriptors
 from etha.tensor_bus.ipc.export import Export
-from etha.tensor_bus.ipc.manifest import Manifest, Storage
+from etha.tensor_bus.ipc.manifest import Manifest, Storage, validate
 from etha.tensor_bus.ipc.shareable import Refusal
 from etha.tensor_bus.ipc.survey import Survey
 from etha.tensor_bus.ipc.undo import Undo
@@ -97,22 +95,19 @@ class CudaExport(Export):
     """`Export` of device memory. Its descriptors are one per chunk, in the order of the allocations.
 
     Attributes:
-        manifest: what a reader needs.
         origins: one per allocation: where it lies here, for readers in this process.
     """
 
-    manifest: CudaManifest  # type: ignore[assignment]  # until the two manifests are one
-
     def __init__(
         self,
-        manifest: CudaManifest,
+        manifest: Manifest,
         fds: tuple[SharedFd, ...],
         tensors: Mapping[str, torch.Tensor],
         storages: list[torch.UntypedStorage | None],
         origins: tuple[Origin, ...],
+        reopen: Callable[[], tuple[SharedFd, ...]],
     ) -> None:
-        # `Export` asks of a manifest only what the two have in common: its tensors and names.
-        super().__init__(cast(Manifest, manifest), fds, tensors, storages)
+        super().__init__(manifest, fds, tensors, storages, reopen)
         self.origins = origins
 
 
@@ -144,11 +139,12 @@ def export(device: Device, owner: bytes, tensors: Mapping[str, object], kind: st
             ranges = _Ranges(device)
             for place in survey.places:
                 ranges.cover(place)
-            manifest, addresses = _export(device, owner, survey, ranges, fds)
+            runs = ranges.runs()
+            manifest = _export(device, owner, survey, runs, fds)
     except BaseException:
-        for fd in fds:
-            fd.close()
+        _close_all(fds)
         raise
+    addresses = [run[0].base for run in runs]
     kept: list[list[torch.UntypedStorage]] = [[] for _ in addresses]
     for row, storage in zip(manifest.storages, survey.kept, strict=True):
         if storage is not None:
@@ -156,7 +152,9 @@ def export(device: Device, owner: bytes, tensors: Mapping[str, object], kind: st
     origins = tuple(Origin(address, keeper) for address, keeper in zip(addresses, kept, strict=True))
     for allocation, origin in zip(manifest.allocations, origins, strict=True):
         device.add_origin(allocation, origin)
-    return CudaExport(manifest, tuple(fds), survey.tensors, survey.kept, origins)
+    chunks = [found.base for run in runs for found in run if not found.legacy]
+    reopen = partial(_reopen, device, chunks)
+    return CudaExport(manifest, tuple(fds), survey.tensors, survey.kept, origins, reopen)
 
 
 class _Place(NamedTuple):
@@ -239,11 +237,8 @@ class _Ranges:
         return runs
 
 
-def _export(
-    device: Device, owner: bytes, survey: _Survey, ranges: _Ranges, fds: list[SharedFd]
-) -> tuple[CudaManifest, list[int]]:
+def _export(device: Device, owner: bytes, survey: _Survey, runs: list[list[_Range]], fds: list[SharedFd]) -> Manifest:
     """Make handles and descriptors; ``fds`` has what was opened also if one fails."""
-    runs = ranges.runs()
     chunks = sum(len(run) for run in runs if not run[0].legacy)
     reserve_descriptors(chunks, chunks)
     allocations = [
@@ -257,12 +252,12 @@ def _export(
         else:
             index = bisect_right(bases, place.address) - 1
             storages.append(Storage(index, place.address - bases[index], place.nbytes))
-    manifest = CudaManifest(tuple(allocations), tuple(storages), tuple(survey.specs), survey.names)
+    manifest = Manifest(tuple(allocations), tuple(storages), tuple(survey.specs), survey.names)
     try:
         validate(manifest)
     except InvalidRecord as error:  # our own manifest: the tensors' fault, not a peer's
         raise NotShareable(error.message, resource=error.resource, remedy=_NATIVE) from error
-    return manifest, bases
+    return manifest
 
 
 def _legacy(device: Device, owner: bytes, found: _Range) -> CudaAllocation:
@@ -273,16 +268,40 @@ def _legacy(device: Device, owner: bytes, found: _Range) -> CudaAllocation:
 
 
 def _virtual(device: Device, owner: bytes, run: list[_Range], fds: list[SharedFd]) -> CudaAllocation:
-    driver = device.driver
     chunks = []
     for found in run:
-        chunks.append(Chunk(driver.pointer_attribute(api.MEMORY_BLOCK_ID, found.base), found.end - found.base))
-        undo = Undo()
-        handle = driver.retain_allocation(found.base)
-        undo.push(partial(driver.release_allocation, handle))
-        try:
-            fds.append(SharedFd(driver.export_fd(handle), owned=True))
-        finally:
-            device.settle(undo)
-        os.set_inheritable(fds[-1].fileno(), False)
+        block = device.driver.pointer_attribute(api.MEMORY_BLOCK_ID, found.base)
+        chunks.append(Chunk(block, found.end - found.base))
+        _descriptor(device, found.base, fds)
     return VirtualAllocation(device.uuid, owner, tuple(chunks))
+
+
+def _descriptor(device: Device, address: int, fds: list[SharedFd]) -> None:
+    """Add a descriptor of the chunk that is mapped there."""
+    driver = device.driver
+    undo = Undo()
+    handle = driver.retain_allocation(address)
+    undo.push(partial(driver.release_allocation, handle))
+    try:
+        fds.append(SharedFd(driver.export_fd(handle), owned=True))
+    finally:
+        device.settle(undo)
+    os.set_inheritable(fds[-1].fileno(), False)
+
+
+def _reopen(device: Device, chunks: Sequence[int]) -> tuple[SharedFd, ...]:
+    """Descriptors of the chunks at these addresses, as they were exported before."""
+    fds: list[SharedFd] = []
+    try:
+        with device.current():
+            for address in chunks:
+                _descriptor(device, address, fds)
+    except BaseException:
+        _close_all(fds)
+        raise
+    return tuple(fds)
+
+
+def _close_all(fds: Sequence[SharedFd]) -> None:
+    for fd in fds:
+        fd.close()

@@ -53,7 +53,11 @@ class SharedFd:
         self.close()
 
 
-def _in_use(limit: int) -> int:
+def in_use(limit: int) -> int:
+    """How many descriptors this process has open; ``limit``, if none is left even for the look."""
+    count = os.stat("/proc/self/fd").st_size
+    if count > 0:  # Linux 6.2 and newer count them themselves (proc_pid_fd(5))
+        return count
     try:
         return len(os.listdir("/proc/self/fd"))
     except OSError as error:
@@ -79,7 +83,7 @@ def reserve_descriptors(opening: int, sending: int = 0) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return
-    needed = max(_in_use(soft) + opening, sending) + _SLACK
+    needed = max(in_use(soft) + opening, sending) + _SLACK
     if needed <= soft:
         return
     if hard != resource.RLIM_INFINITY and needed > hard:

@@ -8,6 +8,11 @@ The agent makes the slots (`FenceTable`): one sealed memory file, which nobody c
 process dies, the agent stores `RELEASED` in its slots, and nobody waits for the dead any more. Each worker maps and
 registers the file (`Fences`).
 
+A successor of the agent makes a file of its own, in which every client keeps its slot and goes on with its numbers
+(`Fences.carry_on`), so a number that was told before the agent died still means the same point of its client's work.
+What was queued before waits on the old file; the successor is handed that too (`FenceTable.adopt`), and releases the
+dead there as well.
+
 A device without 64-bit stream memory operations is refused by name. The fallback that the design has for it
 (interprocess events, awaited by the host beside the connection) is not built: ``docs/cuda-ipc.md``, question 1.
 This has run on a fake driver only.
@@ -33,8 +38,14 @@ RELEASED: Final = 2**62
 """Passes every wait. Not the largest number: the device compares ``(int64)(*slot - value) >= 0``, a cyclic order in
 which 2**64 - 1 comes before 0."""
 
+SLOTS: Final = 1 << 16
+"""Of an agent: clients that it can ever have."""
+
 SLOT_BYTES: Final = 64
 """A slot's own cache line: a device that writes one disturbs no host that reads its neighbour."""
+
+_MAX_TABLES: Final = 16
+"""Files that an agent has mapped: its own, and those of so many predecessors less one."""
 
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -46,7 +57,7 @@ class FenceTable:
         Not safe across threads: the agent's control loop alone uses it.
     """
 
-    def __init__(self, slots: int = 4096) -> None:
+    def __init__(self, slots: int = SLOTS) -> None:
         """Make the file.
 
         Args:
@@ -57,9 +68,10 @@ class FenceTable:
         """
         size = -(-slots * SLOT_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
         self._next = 0
+        self._kept: set[int] = set()
+        self._released: set[int] = set()
         self._slots = size // SLOT_BYTES
-        self._size = size
-        self._address = 0
+        self._maps: dict[tuple[int, int], tuple[int, int]] = {}
         try:
             self._fd = os.memfd_create("etha-fences", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
@@ -67,7 +79,7 @@ class FenceTable:
         try:
             os.ftruncate(self._fd, size)
             fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
-            self._address = libc.map_shared(self._fd, size, writable=True)
+            self._map(self._fd, size)
         except BaseException:
             self.close()
             raise
@@ -82,27 +94,67 @@ class FenceTable:
         Raises:
             SystemLimit: all have been given out.
         """
-        if self._next == self._slots:
+        while self._next in self._kept:
+            self._next += 1
+        if self._next >= self._slots:
             raise SystemLimit(
                 f"all {self._slots} fence slots have been given out.",
                 resource="fence slots",
-                remedy="Restart the agent; workers keep their memory and get slots of its successor.",
+                remedy="Restart the agent: workers keep their memory, and the slots of those that are gone are free.",
             )
         self._next += 1
         return self._next - 1
 
+    def keep(self, slot: int) -> None:
+        """A client of a predecessor's has this slot. To be called before any `take`."""
+        self._kept.add(slot)
+
+    def adopt(self, fd: int) -> None:
+        """A worker hands over the file of a predecessor's, in which streams may still wait; neither kept nor closed.
+
+        Raises:
+            InvalidRecord: it is no such file, or the last of more of them than there can have been predecessors.
+            SystemLimit: no mapping is left.
+        """
+        size = _checked_size(fd)
+        found = os.fstat(fd)
+        if (found.st_dev, found.st_ino) in self._maps:
+            return
+        if len(self._maps) >= _MAX_TABLES or size > self._slots * SLOT_BYTES:
+            raise InvalidRecord("These fences are of none of the agents that were here.", resource="fences")
+        address = self._map(fd, size)
+        for slot in self._released:
+            _word(address, slot, size // SLOT_BYTES).value = RELEASED
+
     def release(self, slot: int) -> None:
         """Let go whoever waits for this slot, now and for ever. For a process that is dead, no other."""
-        _word(self._address, slot, self._slots).value = RELEASED
+        if not 0 <= slot < self._slots or not self._maps:
+            raise InvalidArgument(f"{slot} is none of {self._slots if self._maps else 0} slots.", resource=str(slot))
+        self._released.add(slot)
+        for address, size in self._maps.values():
+            if slot < size // SLOT_BYTES:
+                _word(address, slot, size // SLOT_BYTES).value = RELEASED
+
+    def reached(self, slot: int, value: int) -> bool:
+        """Whether a slot has reached a value, in whichever agent's file."""
+        return any(
+            slot < size // SLOT_BYTES and _word(address, slot, size // SLOT_BYTES).value >= value
+            for address, size in self._maps.values()
+        )
 
     def close(self) -> None:
         """Unmap and close; idempotent. Workers keep their mappings."""
-        if self._address:
-            libc.unmap(self._address, self._size)
-            self._address = 0
+        while self._maps:
+            libc.unmap(*self._maps.popitem()[1])
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
+
+    def _map(self, fd: int, size: int) -> int:
+        found = os.fstat(fd)
+        address = libc.map_shared(fd, size, writable=True)
+        self._maps[found.st_dev, found.st_ino] = (address, size)
+        return address
 
 
 class Fences:
@@ -205,6 +257,21 @@ class Fences:
         """Whether the agent has let go those who wait for this slot, its process being dead."""
         return self.reached(slot, RELEASED)
 
+    def streams(self) -> list[int]:
+        """The streams that were given the newest numbers."""
+        return [stream for _, stream in list(self._last.values())]
+
+    def carry_on(self, before: Fences) -> None:
+        """Go on with the numbers of a predecessor's file, behind all that was queued for that. Before any `signal`.
+
+        Raises:
+            DriverError: the driver refuses; it may be called again.
+        """
+        with self._lock, self._device.current():
+            for slot, (number, stream) in list(before._last.items()):
+                self._device.driver.write_value(stream, self._at + slot * SLOT_BYTES, number)
+                self._last[slot] = (number, stream)
+
     def close(self) -> None:
         """Unregister and unmap at the next `Device.drain`, when no stream needs it any more; idempotent."""
         if self._open:
@@ -216,6 +283,10 @@ class Fences:
             raise InvalidArgument("The fences were closed.", resource="fences")
         if not 0 <= slot < self._slots:
             raise InvalidArgument(f"{slot} is none of {self._slots} slots.", resource=str(slot))
+        self.require_open(stream)
+
+    def require_open(self, stream: int) -> None:
+        """Raise `StreamCapturing` while the stream is being captured."""
         if self._device.driver.is_capturing(stream):
             raise StreamCapturing(
                 "The stream is being captured into a CUDA graph.",

@@ -22,15 +22,10 @@ from typing import TYPE_CHECKING, Final
 
 from etha.errors import InvalidRecord, NotShareable, StaleHandle, SystemLimit
 from etha.tensor_bus.ipc import libc, maps
+from etha.tensor_bus.ipc.allocations import HostAllocation
 from etha.tensor_bus.ipc.descriptors import SharedFd, reserve_descriptors
 from etha.tensor_bus.ipc.export import Export
-from etha.tensor_bus.ipc.manifest import (
-    Allocation,
-    HostAllocation,
-    Manifest,
-    Storage,
-    validate,
-)
+from etha.tensor_bus.ipc.manifest import Manifest, Storage, validate
 from etha.tensor_bus.ipc.shareable import Refusal
 from etha.tensor_bus.ipc.survey import Survey
 
@@ -100,15 +95,16 @@ def export(tensors: Mapping[str, object]) -> Export:
     reserve_descriptors(sum(not source.region.deleted for source in survey.sources), len(survey.sources))
     fds = _open_all(survey.sources)
     try:
+        allocations = tuple(source.allocation for source in survey.sources)
         manifest = Manifest(
-            allocations=tuple(source.allocation for source in survey.sources),
+            allocations=allocations,
             storages=tuple(survey.rows),
             tensors=tuple(survey.specs),
             names=survey.names,
         )
         _check_own(manifest)
         sources = survey.sources
-        return Export(manifest, fds, survey.tensors, survey.kept, lambda: _reopen_all(sources, manifest.allocations))
+        return Export(manifest, fds, survey.tensors, survey.kept, lambda: _reopen_all(sources, allocations))
     except BaseException:
         _close_all(fds)
         raise
@@ -281,7 +277,7 @@ def _open_all(sources: Iterable[_Source]) -> tuple[SharedFd, ...]:
     return tuple(fds)
 
 
-def _reopen_all(sources: Iterable[_Source], allocations: tuple[Allocation, ...]) -> tuple[SharedFd, ...]:
+def _reopen_all(sources: Iterable[_Source], allocations: tuple[HostAllocation, ...]) -> tuple[SharedFd, ...]:
     fds = _open_all(sources)
     try:
         for fd, allocation in zip(fds, allocations, strict=True):

@@ -1,7 +1,7 @@
 """The records that say what is shared, and the one check of them.
 
 A manifest is three tables and the names. An *allocation* is what the operating system or the driver shares as
-a whole (a descriptor, later a CUDA handle); a *storage* is a byte range of one allocation, what torch calls
+a whole (see `etha.tensor_bus.ipc.allocations`); a *storage* is a byte range of one allocation, what torch calls
 an untyped storage; a *tensor* is dtype, shape, strides and offset over one storage. Names point at tensors, and two
 names may point at one: that is how tied tensors stay tied.
 
@@ -14,11 +14,14 @@ The rows hold numbers and strings, so no cycle can go through them: they are mad
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Hashable
+from typing import Annotated, Final
 
 import msgspec
 
 from etha.errors import InvalidRecord
+from etha.tensor_bus.ipc import allocations as kinds
+from etha.tensor_bus.ipc.allocations import MAX_INT64, Allocation, HostAllocation
 
 ITEMSIZE: Final[dict[str, int]] = {
     "bool": 1,
@@ -59,28 +62,9 @@ MAX_DIMENSIONS: Final = 64
 MAX_NAME_BYTES: Final = 1024
 """Bytes of one tensor name in UTF-8."""
 
-MAX_INT64: Final = 2**63 - 1
-"""No size, offset, stride or product of them may pass it: torch and the kernel compute in int64."""
-
-_MAX_UINT64: Final = 2**64 - 1
-
-
-class HostAllocation(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="host"):
-    """Host memory behind a descriptor (tmpfs or memfd).
-
-    Attributes:
-        device: ``st_dev`` of the descriptor.
-        inode: ``st_ino`` of the descriptor; with ``device`` the allocation's identity.
-        size: bytes of the file, > 0.
-    """
-
-    device: int
-    inode: int
-    size: int
-
-
-Allocation = HostAllocation
-"""Any kind of allocation; a tagged union as soon as there is a second kind."""
+_ENTRIES: Final = msgspec.Meta(max_length=MAX_ENTRIES)
+_DIMENSIONS: Final = msgspec.Meta(max_length=MAX_DIMENSIONS)
+"""Checked as a record is read, so that one which is too long is refused before it has become objects."""
 
 
 class Storage(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -110,8 +94,8 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     storage: int
     dtype: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    shape: Annotated[tuple[int, ...], _DIMENSIONS]
+    stride: Annotated[tuple[int, ...], _DIMENSIONS]
     offset: int
 
 
@@ -125,10 +109,15 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True):
         names: name to index into ``tensors``, in the owner's order.
     """
 
-    allocations: tuple[Allocation, ...]
-    storages: tuple[Storage, ...]
-    tensors: tuple[TensorSpec, ...]
-    names: dict[str, int]
+    allocations: Annotated[tuple[Allocation, ...], _ENTRIES]
+    storages: Annotated[tuple[Storage, ...], _ENTRIES]
+    tensors: Annotated[tuple[TensorSpec, ...], _ENTRIES]
+    names: Annotated[dict[str, int], _ENTRIES]
+
+    @property
+    def pieces(self) -> tuple[Hashable, ...]:
+        """What each descriptor that belongs to it is of: allocation by allocation, and there chunk by chunk."""
+        return tuple(piece for allocation in self.allocations for piece in kinds.pieces(allocation))
 
     @property
     def nbytes(self) -> int:
@@ -136,13 +125,19 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True):
         return sum(storage.nbytes for storage in self.storages)
 
 
+def rows_by_file(manifest: Manifest) -> dict[tuple[int, int], int]:
+    """Device and inode to row of the allocations that are files of host memory."""
+    rows = enumerate(manifest.allocations)
+    return {(each.device, each.inode): row for row, each in rows if isinstance(each, HostAllocation)}
+
+
 def validate(manifest: Manifest) -> None:
     """Refuse a manifest of which any number could lead outside its allocations.
 
     Pure, and linear in the size of the manifest. Every bound is checked in Python's unbounded integers, and
     everything that torch or the kernel will later compute in int64 is checked to fit in it, so what passes
-    here cannot overflow there. The descriptors are another matter: whether a file is as long as its
-    allocation says is checked where it is opened (`etha.tensor_bus.ipc.host.open_allocation`).
+    here cannot overflow there. The memory itself is another matter: whether it is as long as its allocation says is
+    checked where that is opened.
 
     A tensor without elements touches no byte, so its offset and strides need only be numbers torch accepts.
 
@@ -172,34 +167,33 @@ def validate(manifest: Manifest) -> None:
 
 
 def _validate_allocations(allocations: tuple[Allocation, ...]) -> None:
-    identities: set[tuple[int, int]] = set()
+    identities: set[Hashable] = set()
     for index, allocation in enumerate(allocations):
         resource = f"allocations[{index}]"
-        if not 0 < allocation.size <= MAX_INT64:
-            raise InvalidRecord(f"{resource} has a size of {allocation.size} bytes.", resource=resource)
-        if not (0 <= allocation.device <= _MAX_UINT64 and 0 <= allocation.inode <= _MAX_UINT64):
-            raise InvalidRecord(f"{resource} names no possible file.", resource=resource)
-        identity = (allocation.device, allocation.inode)
+        fault = kinds.fault(allocation)
+        if fault is not None:
+            raise InvalidRecord(f"{resource} {fault}.", resource=resource)
+        identity = kinds.identity(allocation)
         if identity in identities:
             raise InvalidRecord(f"{resource} repeats an earlier allocation.", resource=resource)
         identities.add(identity)
 
 
 def _validate_storages(manifest: Manifest) -> None:
-    allocations = manifest.allocations
+    sizes = [allocation.size for allocation in manifest.allocations]
     for index, storage in enumerate(manifest.storages):
         resource = f"storages[{index}]"
         if storage.allocation == -1:
             if storage.offset != 0 or storage.nbytes != 0:
                 raise InvalidRecord(f"{resource} has bytes but no allocation.", resource=resource)
             continue
-        if not 0 <= storage.allocation < len(allocations):
+        if not 0 <= storage.allocation < len(sizes):
             raise InvalidRecord(
-                f"{resource} lies in allocation {storage.allocation} of {len(allocations)}.", resource=resource
+                f"{resource} lies in allocation {storage.allocation} of {len(sizes)}.", resource=resource
             )
         if storage.nbytes <= 0:
             raise InvalidRecord(f"{resource} has an allocation but {storage.nbytes} bytes.", resource=resource)
-        size = allocations[storage.allocation].size
+        size = sizes[storage.allocation]
         if storage.offset < 0 or storage.offset + storage.nbytes > size:
             raise InvalidRecord(
                 f"{resource} ends at byte {storage.offset + storage.nbytes} of an allocation of {size}.",

@@ -17,12 +17,13 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from etha.errors import InvalidArgument, InvalidRecord, LeaseReleased
+from etha.tensor_bus.ipc.allocations import Allocation, pieces
 from etha.tensor_bus.ipc.backend import HOST, Backend, Opened
-from etha.tensor_bus.ipc.manifest import Allocation, Manifest, validate
+from etha.tensor_bus.ipc.manifest import Manifest, validate
 
 
 class Mapping:
@@ -82,29 +83,29 @@ class MappingTable:
         self._mappings: dict[Allocation, Mapping] = {}
         self._dead: deque[tuple[Mapping, Tally | None]] = deque()
 
-    def open(self, allocation: Allocation, fd: int, opener: Backend | None = None) -> Mapping:
+    def open(self, allocation: Allocation, fds: Sequence[int], backend: Backend = HOST) -> Mapping:
         """Take a reference to an allocation, mapping it if this process has not yet.
 
-        The descriptor is checked either way: who sends a wrong one is refused, whoever came before.
+        The descriptors are checked either way: who sends a wrong one is refused, whoever came before.
 
         Args:
             allocation: from a manifest that has passed `validate`.
-            fd: neither kept nor closed.
-            opener: the backend; None for host memory.
+            fds: those of its pieces, in order; neither kept nor closed.
+            backend: of its kind.
 
         Raises:
-            StaleHandle: the descriptor leads to another file than claimed.
-            InvalidRecord: the file is shorter than claimed, or cannot be mapped.
-            SystemLimit: no mapping or no address space is left.
+            StaleHandle: a descriptor leads to another file than claimed.
+            InvalidRecord: the memory is shorter than claimed, or cannot be mapped.
+            SystemLimit: no mapping, no address space or no device memory is left.
+            DriverError: the device's driver refuses.
         """
-        backend = HOST if opener is None else opener
         with self._lock:
             mapping = self._mappings.get(allocation)
             if mapping is None:
-                mapping = Mapping(allocation, backend.open_allocation(fd, allocation))
+                mapping = Mapping(allocation, backend.open_allocation(allocation, fds))
                 self._mappings[allocation] = mapping
             else:
-                backend.check_descriptor(fd, allocation)
+                backend.check_descriptors(allocation, fds)
             mapping.references += 1
             return mapping
 
@@ -251,32 +252,43 @@ class ImportedMemory:
                 self._table.release(mapping)
 
 
-def import_memory(manifest: Manifest, fds: Sequence[int], table: MappingTable | None = None) -> ImportedMemory:
+def import_memory(
+    manifest: Manifest, fds: Sequence[int], table: MappingTable | None = None, backend: Backend = HOST
+) -> ImportedMemory:
     """Validate a manifest and map all of its allocations, or none.
 
     Args:
         manifest: from another process.
-        fds: one per allocation, in their order; neither kept nor closed.
+        fds: one per piece, in their order; neither kept nor closed.
         table: where to open them; None for `TABLE`.
+        backend: of their kind.
 
     Raises:
-        InvalidRecord: the manifest is none, a file is shorter than claimed, or descriptors are missing.
-        StaleHandle: a descriptor leads to another file than claimed.
-        SystemLimit: no mapping or no address space is left.
+        InvalidRecord: the manifest is none, memory is shorter than claimed, or descriptors are missing.
+        StaleHandle, SystemLimit, DriverError: see `MappingTable.open`.
     """
     validate(manifest)
-    if len(fds) != len(manifest.allocations):
-        raise InvalidRecord(f"{len(fds)} descriptors came for {len(manifest.allocations)} allocations.", resource="fds")
+    if len(fds) != len(manifest.pieces):
+        raise InvalidRecord(f"{len(fds)} descriptors came for {len(manifest.pieces)} pieces of memory.", resource="fds")
     place = TABLE if table is None else table
     opened: list[Mapping] = []
     try:
-        for allocation, fd in zip(manifest.allocations, fds, strict=True):
-            opened.append(place.open(allocation, fd))
+        for allocation, some in by_allocation(manifest, fds):
+            opened.append(place.open(allocation, some, backend))
         return ImportedMemory(manifest, opened, place)
     except BaseException:
         for mapping in opened:
             place.release(mapping)
         raise
+
+
+def by_allocation(manifest: Manifest, fds: Sequence[int]) -> Iterator[tuple[Allocation, Sequence[int]]]:
+    """Each allocation with its own of the descriptors, of which there is one per piece."""
+    first = 0
+    for allocation in manifest.allocations:
+        last = first + len(pieces(allocation))
+        yield allocation, fds[first:last]
+        first = last
 
 
 TABLE: Final = MappingTable()

@@ -1,5 +1,7 @@
 """Which memory of another process holds a publication, as the kernel shows it; or which gate forbids the look.
 
+Host memory only: /proc does not say which memory of a device a process has mapped.
+
 For `inspect`: who maps what, under which descriptor. The look needs the right to *read* a process by ptrace(2)'s rules
 ("Ptrace access mode checking"), and costs a report where it is not given, never the service. Yama restricts attaching
 only, so its scope is no gate here.
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from etha.tensor_bus.ipc import maps
+from etha.tensor_bus.ipc.manifest import rows_by_file
 from etha.tensor_bus.ipc.process import open_files, permitted_capabilities, process_gids, process_uids
 
 if TYPE_CHECKING:
@@ -47,9 +50,9 @@ def observe(peer: Peer, manifest: Manifest) -> Observation:
         peer: whose pidfd is open.
         manifest: has passed `validate`.
     """
-    rows = {(each.device, each.inode): row for row, each in enumerate(manifest.allocations)}
-    mappings: list[list[tuple[int, int]]] = [[] for _ in rows]
-    descriptors: list[list[int]] = [[] for _ in rows]
+    rows = rows_by_file(manifest)
+    mappings: list[list[tuple[int, int]]] = [[] for _ in manifest.allocations]
+    descriptors: list[list[int]] = [[] for _ in manifest.allocations]
     try:
         for region in maps.read(peer.pid):
             row = rows.get((region.device, region.inode))

@@ -61,6 +61,7 @@ class Peer:
         gid: effective, at the same time.
         started: clock ticks since boot; 0 if /proc hides it.
         command: what it runs, a label.
+        label: for people: ``"pid 4122 (live_eval.py)"``.
     """
 
     _pidfd = -1
@@ -72,6 +73,7 @@ class Peer:
         self.gid = gid
         self.started = start_time(pid)
         self.command = process_command(pid)
+        self.label = f"pid {pid} ({self.command})"
         self._pidfd = pidfd
 
     @classmethod
@@ -117,11 +119,6 @@ class Peer:
             peer.close()
             raise ProcessLookupError(errno.ESRCH, f"process {pid} of start time {started} is dead")
         return peer
-
-    @property
-    def label(self) -> str:
-        """For people: ``"pid 4122 (live_eval.py)"``."""
-        return f"pid {self.pid} ({self.command})"
 
     def fileno(self) -> int:
         """The pidfd: readable once the process has died.

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from etha.errors import InvalidRecord
-from etha.tensor_bus.ipc.manifest import ITEMSIZE, Manifest
+from etha.tensor_bus.ipc.backend import HOST, Backend
+from etha.tensor_bus.ipc.manifest import ITEMSIZE, Manifest, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -17,15 +18,17 @@ if TYPE_CHECKING:
     from etha.tensor_bus.ipc.mapping import ImportedMemory
 
 
-def build_views(manifest: Manifest, imported: ImportedMemory) -> dict[str, torch.Tensor]:
+def build_views(manifest: Manifest, imported: ImportedMemory, backend: Backend = HOST) -> dict[str, torch.Tensor]:
     """Make the tensors of a manifest over the memory imported for it.
 
-    The tensors alias the owner's memory and never require a gradient. Writing to one ends the process with SIGSEGV:
-    the pages are mapped read-only, which torch does not know. Names of one tensor share one tensor object.
+    The tensors alias the owner's memory and never require a gradient. Writing to one of host memory ends the process
+    with SIGSEGV: the pages are mapped read-only, which torch does not know. Names of one tensor share one tensor
+    object.
 
     Args:
         manifest: has passed `validate`; the one ``imported`` was made from.
         imported: still open; each call makes views of its own.
+        backend: of its kind.
 
     Returns:
         name to tensor, in the manifest's order. Memory stays mapped until the last tensor over it is gone.
@@ -41,42 +44,33 @@ def build_views(manifest: Manifest, imported: ImportedMemory) -> dict[str, torch
     # take no part in autograd later.
     with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.inference_mode(False):
         storages = [
-            torch.frombuffer(imported.buffer(row), dtype=torch.uint8).untyped_storage()
-            if storage.nbytes
-            else torch.empty(0, dtype=torch.uint8, device="cpu").untyped_storage()
+            (backend.base(imported.buffer(row)) if storage.nbytes else backend.empty()).untyped_storage()
             for row, storage in enumerate(manifest.storages)
         ]
         first_name: dict[int, str] = {}
         for name, index in manifest.names.items():
             first_name.setdefault(index, name)
         tensors = [
-            _view(first_name[index], storages[spec.storage], spec.dtype, spec.offset, spec.shape, spec.stride)
+            _view(first_name[index], backend.empty(), storages[spec.storage], spec)
             for index, spec in enumerate(manifest.tensors)
         ]
     return {name: tensors[index] for name, index in manifest.names.items()}
 
 
-def _view(
-    name: str,
-    storage: torch.UntypedStorage,
-    dtype_name: str,
-    offset: int,
-    shape: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> torch.Tensor:
+def _view(name: str, empty: torch.Tensor, storage: torch.UntypedStorage, spec: TensorSpec) -> torch.Tensor:
     import torch
 
-    dtype = getattr(torch, dtype_name, None) if dtype_name in ITEMSIZE else None
+    dtype = getattr(torch, spec.dtype, None) if spec.dtype in ITEMSIZE else None
     if not isinstance(dtype, torch.dtype):
         raise InvalidRecord(
-            f"tensor {name!r} has the dtype {dtype_name[:64]}, which torch {torch.__version__} does not have.",
+            f"tensor {name!r} has the dtype {spec.dtype[:64]}, which torch {torch.__version__} does not have.",
             resource=name,
             remedy="Use the owner's version of torch.",
         )
     # Not torch.empty(0, dtype=dtype): of complex32 it warns, and the reader did not choose the dtype.
-    view = torch.empty(0, dtype=torch.uint8, device="cpu").view(dtype)
+    view = empty.view(dtype)
     try:
-        return view.set_(storage, offset // dtype.itemsize, shape, stride)
+        return view.set_(storage, spec.offset // dtype.itemsize, spec.shape, spec.stride)
     except RuntimeError as error:
         raise InvalidRecord(
             f"tensor {name!r} has a geometry that torch {torch.__version__} refuses.", resource=name

@@ -1,4 +1,4 @@
-"""`etha.tensor_bus.ipc.cuda_records`: what may be said of device memory, and what leads outside of it."""
+"""`etha.tensor_bus.ipc.allocations`: what may be said of device memory, and what leads outside of it."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import msgspec
 import pytest
 
 from etha.errors import InvalidRecord
-from etha.tensor_bus.ipc.cuda_records import (
+from etha.tensor_bus.ipc.allocations import (
     MAX_CHUNKS,
     Chunk,
-    CudaManifest,
+    HostAllocation,
     LegacyAllocation,
     VirtualAllocation,
-    descriptors,
-    validate,
+    pieces,
 )
-from etha.tensor_bus.ipc.manifest import Manifest, Storage, TensorSpec
+from etha.tensor_bus.ipc.manifest import Manifest, Storage, TensorSpec, validate
 
 UUID, OWNER = b"u" * 16, b"o" * 16
 LEGACY = LegacyAllocation(UUID, OWNER, 7, b"h" * 64, 1000)
 VIRTUAL = VirtualAllocation(UUID, OWNER, (Chunk(1, 512), Chunk(2, 1024)))
-GOOD = CudaManifest(
+GOOD = Manifest(
     (LEGACY, VIRTUAL),
     (Storage(0, 100, 900), Storage(1, 256, 1024), Storage(-1, 0, 0)),
     (TensorSpec(0, "uint8", (900,), (1,), 0), TensorSpec(1, "float32", (256,), (1,), 0)),
@@ -42,9 +41,18 @@ def with_second(allocation):
 
 def test_what_is_right_passes_and_survives_the_wire():
     validate(GOOD)
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(GOOD), type=CudaManifest) == GOOD
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(GOOD), type=Manifest) == GOOD
     assert VIRTUAL.size == 1536
-    assert (descriptors(LEGACY), descriptors(VIRTUAL), GOOD.descriptors) == (0, 2, 2)
+    assert pieces(LEGACY) == ()
+    assert GOOD.pieces == pieces(VIRTUAL) == ((OWNER, 1, 512), (OWNER, 2, 1024))
+
+
+def test_a_piece_is_the_same_wherever_its_allocation_begins():
+    longer = VirtualAllocation(UUID, OWNER, (Chunk(9, 512), *VIRTUAL.chunks))
+    assert pieces(longer)[1:] == pieces(VIRTUAL)
+    assert pieces(changed(VIRTUAL, owner=b"p" * 16)) != pieces(VIRTUAL)
+    file = HostAllocation(1, 2, 4096)
+    assert pieces(file) == (file,)
 
 
 WRONG = {
@@ -77,9 +85,3 @@ def test_what_leads_outside_is_refused(kind):
     with pytest.raises(InvalidRecord) as caught:
         validate(WRONG[kind])
     assert caught.value.resource
-
-
-def test_the_bus_does_not_take_them_yet():
-    # Until they are frozen, no agent may accept one by accident.
-    with pytest.raises(msgspec.ValidationError):
-        msgspec.msgpack.decode(msgspec.msgpack.encode(GOOD), type=Manifest)
