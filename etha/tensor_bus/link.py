@@ -84,7 +84,7 @@ class Link:
         self._served = 0
         self._owed: dict[int, Any] = {}
         self._pinned: dict[int, Any] = {}
-        self.endings = Endings(connection, self.release)
+        self.endings = Endings(connection)
         self.exports: dict[int, Export] = {}
         me = weakref.ref(self)  # which the connection must not keep alive
         connection.on_wanted = lambda sequence: (link := me()) is None or link._send_again(sequence)
@@ -237,14 +237,14 @@ class Link:
 
     def reap(self) -> None:
         """Settle what is over: unmap what nobody views, tell the agent, let go of pins. Every call of etha does so."""
-        self.endings.settle()
+        self.endings.settle(self.release)
         if self._owed:
             self._cancel_owed(clock.now())
         if self._pinned:
             self.connection.drain()
             self._release_pins()
         for link in list(_lingering):
-            link.endings.settle()
+            link.endings.settle(link.release)
             if not link.endings and link.device.done(0.0):
                 _lingering.discard(link)
                 link._finish()
