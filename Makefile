@@ -16,7 +16,7 @@ help:
 	@echo 'make test     ruff, mypy --strict and the tests'
 	@echo 'make test-optimized  the same tests under python -O, where no assert of the library would count'
 	@echo 'make lint     ruff and mypy alone'
-	@echo 'make faults   the agent and owners killed at some of their system calls: minutes; needs strace'
+	@echo 'make faults   the table of faults at small counts, and what must hold after each: minutes; needs strace'
 	@echo 'make stress   the tests at their full counts: long'
 	@echo 'make bench    what each operation costs, beside its bare floor: minutes; options: make bench ARGS="--only lease"'
 	@echo 'make bandwidth  what handing over a model costs; options: make bandwidth ARGS="--device cuda:0 --plot"'

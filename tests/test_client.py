@@ -146,3 +146,11 @@ for t in threads: t.join()
     reader.do("policy.close(); gc.collect(); client.subscribe('policy').close()")
     assert owner.do("policy.readers()") is None or owner.do("len(policy.readers())") == 0
     owner.do("policy.close(timeout=5)")
+
+
+def test_a_client_that_is_dropped_is_gone_with_the_next_call_and_waits_for_no_collection(agent, start_worker):
+    owner = start_worker(setup="x = torch.zeros(8).share_memory_(); p = client.register_tensors('x', {'x': x})")
+    reader = start_worker(setup="gc.disable(); s = client.subscribe('x'); s.read().release(); del s")
+    reader.do("del client; client, _ = bootstrap_client()")
+    owner.do("p.close(timeout=5)")
+    assert reader.do("client.close()") is None

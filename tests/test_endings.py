@@ -14,17 +14,20 @@ def test_two_threads_give_each_collected_lease_back():
     def mark(stream: int) -> int:
         if not told and not marked:
             marked.append(stream)
-            endings.settle()  # as another thread, in the middle of this one
+            endings.settle(release)  # as another thread, in the middle of this one
         return 1
+
+    def release(number: int, fence: int) -> None:
+        told.append(number)
 
     marked: list[int] = []
     order = SimpleNamespace(mark=mark)
     device = SimpleNamespace(ordered=True, order=order, settle=lambda: True)
-    endings = Endings(SimpleNamespace(device=device), lambda number, fence: told.append(number))
+    endings = Endings(SimpleNamespace(device=device))
     for number in (1, 2, 3):
         endings.lease_dropped(number, 0)
-    endings.settle()
+    endings.settle(release)
     assert set(told) == {1, 2, 3}
     told.clear()
-    endings.settle()
+    endings.settle(release)
     assert told == []

@@ -89,6 +89,18 @@ def test_who_comes_in_is_known(door: FrontDoor, path: str):
     assert door.admit(clock.now()) == []
 
 
+def test_a_crowd_comes_in_a_few_at_a_time(door: FrontDoor, path: str):
+    crowd = [connect(path) for _ in range(40)]
+    admitted = []
+    while len(admitted) < len(crowd):
+        some = admit(door)
+        assert 0 < len(some) <= 16
+        admitted += some
+    assert door.admit(clock.now()) == []
+    for each in (*admitted, *crowd):
+        each.close()
+
+
 @as_root
 def test_another_user_is_refused_unread(door: FrontDoor, path: str, caplog: pytest.LogCaptureFixture):
     """Even where the file system would let it in: the kernel says who it is."""

@@ -13,7 +13,9 @@ from harness import Agent, Raised, Worker
 
 from etha.errors import AgentRunning, InvalidArgument, UnsafePath, VersionMismatch
 from etha.tensor_bus.agent import TensorBusAgent
+from etha.tensor_bus.command_queue import CommandQueue
 from etha.tensor_bus.ipc.process import boot_id
+from etha.tensor_bus.lockfile import AgentLock
 from etha.tensor_bus.paths import agent_paths
 from etha.tensor_bus.premises import Premises
 from etha.tensor_bus.records import SCHEMA
@@ -48,6 +50,26 @@ def test_each_file_is_known_by_its_kind(runtime: Path, name: str):
         Premises(paths).clear()
     assert (caught.value.resource, caught.value.remedy is not None) == (str(path), True)
     assert path.read_bytes() == b"mine" * 100
+
+
+@pytest.mark.parametrize("file", ["command", "state", "command-lock"])
+def test_a_broken_beginning_is_set_aside_where_an_agent_was(runtime: Path, file: str):
+    """Its lock file says so. Without that, or under another name, the file may be anybody's."""
+    paths = agent_paths(0)
+    CommandQueue(paths, create=True).close()
+    StateWriter(paths.state).close()
+    name = getattr(paths, file.removesuffix("-lock")) + ("-lock" if "-lock" in file else "")
+    data = bytearray(Path(name).read_bytes())
+    data[:24] = b"broken from the beginning"[:24]
+    Path(name).write_bytes(data)
+    with pytest.raises(UnsafePath):
+        Premises(paths).take_over(None)
+    assert Path(name).read_bytes() == data
+    lock = AgentLock(paths.lock, 0, "cpu")
+    assert Premises(paths).take_over(lock.text) is False
+    lock.release(remove=True)
+    assert Path(name + ".damaged").read_bytes() == data
+    assert all(each.endswith(".damaged") for each in os.listdir(runtime))
 
 
 def test_what_a_dead_agent_left_is_deleted(runtime: Path):

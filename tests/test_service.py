@@ -216,6 +216,27 @@ def test_a_welcome_is_on_record_before_it_is_told(desk):
     theirs.close()
 
 
+def test_a_newcomer_is_welcomed_once_that_can_be_recorded(desk, monkeypatch):
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    session = Session(ours, Peer.of(ours), 0.0)
+    session.client = b"d" * 16
+
+    def full(*_):
+        raise QueueFull("the disk is full.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(desk.writer, "write", full)
+        desk.service.joined(session, clock.now(), packets.Welcome(session.client, 5))
+        desk.settle()
+        with pytest.raises(BlockingIOError):
+            wire.receive(theirs)
+    desk.settle()
+    assert packets.FROM_AGENT.decode(wire.receive(theirs)[0]) == packets.Welcome(session.client, 5)
+    session.close()
+    theirs.close()
+
+
 def test_who_comes_back_is_asked_for_what_it_has_only_just_committed(desk):
     """Its descriptors may have gone with the connection before the command was read."""
     shared = Manifest((HostAllocation(1, 2, 4096),), (), (), {})

@@ -115,14 +115,18 @@ def test_a_failure_of_any_length_arrives(ends):
 
 
 def test_a_reply_that_cannot_be_sent_cuts_the_connection(ends, monkeypatch):
-    session, _ = ends
+    session, theirs = ends
 
     def fail(*_):
         raise OSError(errno.EMSGSIZE, "too long")
 
-    monkeypatch.setattr(sessions.wire, "send", fail)
-    session.send(packets.Imported(1, 1, 1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(sessions.wire, "send", fail)
+        session.send(packets.Descriptors(1, 0))
     assert session.stuck
+    session.send(packets.Imported(1, 1, 1, 1))
+    with pytest.raises(BlockingIOError):  # what would have come behind it makes no sense without it
+        wire.receive(theirs)
 
 
 def test_descriptors_on_their_way_are_waited_for_beside_epoll(ends, monkeypatch):

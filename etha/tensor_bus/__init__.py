@@ -21,8 +21,8 @@ From the bottom up; a module imports only what stands above it in this list::
       front_door, held, memory, chronicle,
       journal, claimants, orders,
       requests, service, recovery,
-      examination, premises, reception,
-      agent
+      pages, examination, premises,
+      reception, agent
 """
 
 from etha.tensor_bus.bootstrap import BootstrapInfo as BootstrapInfo

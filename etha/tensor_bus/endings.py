@@ -29,15 +29,9 @@ class _Ended(NamedTuple):
 class Endings:
     """One client's. Safe across threads."""
 
-    def __init__(self, connection: Connection, release: Callable[[int, int], None]) -> None:
-        """Nothing is over yet.
-
-        Args:
-            connection: of the client.
-            release: gives a claim back, by its number, behind a point of this client's work.
-        """
+    def __init__(self, connection: Connection) -> None:
+        """Nothing is over yet."""
         self._connection = connection
-        self._release = release
         self._dropped: deque[_Ended] = deque()
         self._closing: dict[int, _Ended] = {}
         self._leases: deque[tuple[int, int]] = deque()
@@ -68,14 +62,19 @@ class Endings:
         else:
             self._connection.tell(packets.Release(number))
 
-    def settle(self) -> None:
-        """Unmap what nobody views, and tell the agent what is over."""
+    def settle(self, release: Callable[[int, int], None]) -> None:
+        """Unmap what nobody views, and tell the agent what is over.
+
+        Args:
+            release: gives a claim back, by its number, behind a point of this client's work. It is the client's own,
+                and not kept: a client that is dropped must go at once, and not with the next collection.
+        """
         if not (self._leases or self._dropped or self._closing):
             TABLE.reap()
             self._connection.device.settle()
             return
         if self._leases:
-            self._give_leases_back()
+            self._give_leases_back(release)
         for ended in list(self._dropped):
             before = self._closing.get(ended.number)
             memory = ended.memory if ended.memory is not None or before is None else before.memory
@@ -94,15 +93,15 @@ class Endings:
                 if ended.subscribed:
                     self._connection.tell(packets.Unmapped(number))
                 else:
-                    self._release(number, 0)
+                    release(number, 0)
                 known = self._closing.pop(number, None)
                 if known is not None and known is not ended:
                     self._closing.setdefault(number, known)  # another thread has ended more than this
 
-    def _give_leases_back(self) -> None:
+    def _give_leases_back(self, release: Callable[[int, int], None]) -> None:
         for dropped in list(self._leases):
             number, stream = dropped
-            self._release(number, self._connection.device.order.mark(stream))
+            release(number, self._connection.device.order.mark(stream))
             try:
                 self._leases.remove(dropped)
             except ValueError:

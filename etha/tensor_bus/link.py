@@ -84,7 +84,7 @@ class Link:
         self._served = 0
         self._owed: dict[int, Any] = {}
         self._pinned: dict[int, Any] = {}
-        self.endings = Endings(connection, self.release)
+        self.endings = Endings(connection)
         self.exports: dict[int, Export] = {}
         me = weakref.ref(self)  # which the connection must not keep alive
         connection.on_wanted = lambda sequence: (link := me()) is None or link._send_again(sequence)
@@ -237,7 +237,7 @@ class Link:
 
     def reap(self) -> None:
         """Settle what is over: unmap what nobody views, tell the agent, let go of pins. Every call of etha does so."""
-        self.endings.settle()
+        self.endings.settle(self.release)
         if self._owed:
             self._cancel_owed(clock.now())
         if self._pinned:
@@ -245,7 +245,7 @@ class Link:
             self._release_pins()
         for link in list(_lingering):
             try:
-                link.endings.settle()
+                link.endings.settle(link.release)
             except EthaError as error:
                 logger.debug("a client that was closed cannot settle yet: %s", error)
                 continue  # it is tried again with the next call, which is another client's, as this one

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from box import until
 from scene import Scene
 
 from etha.tensor_bus.command_queue import CommandQueue
@@ -71,8 +72,13 @@ class Omega:
         """The queue's file may be as large as it is now."""
         self._pages = self._last_page()
 
-    def accept_said(self) -> str:
-        """What the agent has said on stderr since this was last called; it may have said it."""
+    def accept_said(self, awaited: str = "") -> str:
+        """What the agent has said on stderr since this was last called; it may have said it.
+
+        Args:
+            awaited: part of it. A thread of the agent's writes its log, so that may take a moment.
+        """
+        until(lambda: awaited in self._scene.agent.errors.read_text())
         before, self._heard = self._heard, self._scene.agent.errors.read_text()
         return self._heard.removeprefix(before)
 

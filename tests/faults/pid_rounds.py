@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from harness import Worker
 from omega import Omega
+from requiring import require
 from scene import Scene
 
 from etha.tensor_bus.state import ClaimRecord, ClientRecord
@@ -68,7 +69,7 @@ def play(scene: Scene, omega: Omega, dead: bool) -> str:
     scene.dismiss(victim)
     stranger = fork_as(scene, pid)
     try:
-        assert stranger.pid == pid, f"the kernel gave {stranger.pid}, not {pid}"
+        require(stranger.pid == pid, f"the kernel gave {stranger.pid}, not {pid}")
         stranger.do("import os, select\n" + STRANGER)
         if dead:
             scene.follow()
@@ -79,15 +80,14 @@ def play(scene: Scene, omega: Omega, dead: bool) -> str:
         scene.owner.do("mine = client.register_tensors('mine', made(1), timeout=2); mine.close(timeout=5)")
         kept = [claim.kind for claim in scene.state.all(ClaimRecord).values() if claim.pid == pid]
         kept += ["client" for known in scene.state.all(ClientRecord).values() if known.pid == pid]
-        assert kept == [], f"credited to the stranger: {kept}"
+        require(kept == [], f"credited to the stranger: {kept}")
     finally:
         stranger.destroy()
-    said = omega.accept_said()
-    assert f"refused pid {pid} " in said, said
+    omega.accept_said(f"refused pid {pid} ")
     scene.agent.errors.write_text("")
     omega.accept_said()
     faults = omega.faults()
-    assert faults == [], faults
+    require(faults == [], faults)
     return leaf
 
 

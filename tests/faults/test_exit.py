@@ -77,7 +77,7 @@ def play(scene: Scene, chance: random.Random) -> str:
     return "; ".join(story)
 
 
-@pytest.mark.parametrize("rounds", counts(12, 1000))
+@pytest.mark.parametrize("rounds", counts(10, 1000))
 def test_in_any_order(stage: tuple[Scene, Omega], rounds: int):
     scene, omega = stage
     seed = int(os.environ.get("ETHA_SEED", random.randrange(1 << 20)))

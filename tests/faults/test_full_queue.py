@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
 
 import pytest
 from harness import Raised
@@ -36,10 +37,20 @@ DEADLINE = 0.4
 SLACK = 1.0
 
 
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Scene, Omega]]:
+    """Nobody else's: LMDB's file keeps the size that it had when it was full, and no growth would be seen in it."""
+    scene = Scene(tmp_path_factory.mktemp("faults"))
+    omega = Omega(scene)
+    yield scene, omega
+    omega.close()
+    scene.close()
+
+
 @pytest.mark.parametrize("ends", ["by the agent", "by its worker"])
-def test_what_is_put_waits_for_room(stage: tuple[Scene, Omega], ends: str):
+def test_what_is_put_waits_for_room(own: tuple[Scene, Omega], ends: str):
     """Commands of a client that nobody knows are dropped by the agent's helper, once it runs."""
-    scene, omega = stage
+    scene, omega = own
     worker = scene.worker(f"mine = client.register_tensors('mine', made(1)); client._link.patience = {DEADLINE}")
     other = scene.worker()
     scene.agent.kill(signal.SIGSTOP)
@@ -71,5 +82,5 @@ def test_what_is_put_waits_for_room(stage: tuple[Scene, Omega], ends: str):
     worker.do("mine.close(timeout=5)")
     for each in (worker, other):
         scene.dismiss(each)
-    omega.accept_queue()  # LMDB's file keeps the size that it had when it was full, and uses it again
+    omega.accept_queue()
     assert omega.faults() == []

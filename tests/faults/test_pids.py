@@ -113,7 +113,7 @@ def test_a_client_id_that_is_forged_in_the_queue(stage: tuple[Scene, Omega], who
     finally:
         for worker in (forger, victim):
             scene.dismiss(worker)
-    said = omega.accept_said()
+    said = omega.accept_said(f"refused pid {forger.pid} ")
     assert "Traceback" not in said
     scene.agent.errors.write_text("")
     omega.accept_said()

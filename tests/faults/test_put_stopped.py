@@ -62,6 +62,11 @@ def holder(scene: Scene) -> int:
         turn.close()
 
 
+def held(scene: Scene, worker: Worker) -> list[str]:
+    """Kinds of the claims of a worker."""
+    return sorted(claim.kind for claim in scene.state.all(ClaimRecord).values() if claim.pid == worker.pid)
+
+
 def others_go_on(scene: Scene, neighbour: Worker, doomed: Worker, held_by: int) -> None:
     began = time.monotonic()
     beat = scene.state.agent().heartbeat
@@ -74,9 +79,9 @@ def others_go_on(scene: Scene, neighbour: Worker, doomed: Worker, held_by: int) 
     else:
         neighbour.do("mine.publish()")
     assert scene.reader.do("look(5)") == (scene.version, [scene.version])
-    leases = sum(claim.kind == "lease" for claim in scene.state.all(ClaimRecord).values())
+    assert held(scene, doomed) == ["import", "lease"]
     doomed.kill()
-    until(lambda: sum(claim.kind == "lease" for claim in scene.state.all(ClaimRecord).values()) == leases - 1)
+    until(lambda: held(scene, doomed) == [])
     until(lambda: scene.state.agent().heartbeat > beat)
 
 
@@ -84,7 +89,7 @@ def play(scene: Scene, step: str | None, directory: Path) -> tuple[Injected, boo
     """One put; whether it was stopped, and with the write lock in hand."""
     neighbour = scene.worker(OWN.format(name="neighbour") + f"; client._link.patience = {DEADLINE}")
     victim = scene.worker(OWN.format(name="victim"))
-    doomed = scene.worker("lease = client.subscribe('policy').read()")
+    doomed = scene.worker("policy = client.subscribe('policy'); lease = policy.read()")
     in_hand = False
     try:
         with Stopped(victim.pid, step, directory) as injection:
@@ -95,7 +100,7 @@ def play(scene: Scene, step: str | None, directory: Path) -> tuple[Injected, boo
                 held_by = holder(scene)
                 in_hand = held_by == victim.pid
                 others_go_on(scene, neighbour, doomed, held_by)
-                victim.kill(signal.SIGCONT)
+            victim.kill(signal.SIGCONT)  # in any case: it may stand still in the midst of its answer
             assert victim.hear(PATIENCE) == 1
         assert scene.reader.do(
             "seen = client.subscribe('victim'); value = look(5, 1, name='seen'); seen.close(); value"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from pathlib import Path
 
 import pytest
 from counts import counts
@@ -11,6 +12,12 @@ from omega import Omega
 from scene import Scene
 
 THREADS = 32
+
+REQUIRE = f"""
+import sys
+sys.path.append({str(Path(__file__).parent.parent)!r})
+from requiring import require
+"""
 
 BUSY = """
 import random
@@ -34,10 +41,10 @@ def busy(number, seed, seconds):
                         base[number] += 1
                 elif what == 2:
                     with policy.read(timeout=20) as lease:
-                        assert stamps(lease) == [lease.version]
+                        require(stamps(lease) == [lease.version])
                 else:
                     with client.subscribe(name, timeout=20) as theirs, theirs.read(timeout=20) as lease:
-                        assert torch.equal(lease["x"], base[number])
+                        require(torch.equal(lease["x"], base[number]))
                 done[what] += 1
     return done
 
