@@ -60,7 +60,7 @@ def test_all_at_once(stage: tuple[Scene, Omega], seconds: int):
     scene, omega = stage
     seed = int(os.environ.get("ETHA_SEED", random.randrange(1 << 20)))
     print(f"ETHA_SEED={seed}")
-    worker = scene.worker(BUSY + f"base = torch.zeros({THREADS}, 64).share_memory_()\n")
+    worker = scene.worker(REQUIRE + BUSY + f"base = torch.zeros({THREADS}, 64).share_memory_()\n")
     try:
         worker.do("policy = client.subscribe('policy')")
         done = worker.do(f"all_at_once({THREADS}, {seed}, {seconds})", timeout=seconds + 120)
