@@ -324,7 +324,7 @@ def test_what_a_dead_agent_of_another_schema_left(runtime: Path, start_agent):
         process.kill()
     remedy = shut(OPEN.doctor(), "schema", "broken")
     command = remedy[remedy.index("rm ") :]
-    assert command == f"rm {runtime}/agent_rank0_command.lmdb*"
+    assert command == f"rm {runtime}/agent_rank0_command.lmdb* {runtime}/agent_rank0_state.lmdb*"
     subprocess.run(["sh", "-c", command], check=True)
     start_agent()
     well(OPEN.doctor())

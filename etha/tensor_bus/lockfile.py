@@ -158,7 +158,7 @@ def another_schema(path: str, schema: int) -> VersionMismatch:
     return VersionMismatch(
         f"{path} was left by an agent of record schema {schema}; this etha speaks {SCHEMA}.",
         resource=path,
-        remedy=f"Run that version; or end its workers, and remove {path}* then; run: etha doctor",
+        remedy=f"Run that version; or end its workers, and remove {path}* and its state then; run: etha doctor",
     )
 
 

@@ -136,7 +136,8 @@ def _dead(gate: Gate, rank: int, paths: AgentPaths, error: NoAgent, text: LockTe
     if text is not None and text.schema != SCHEMA:
         seen = f"{another_schema(paths.command, text.schema).message.rstrip('.')} (VersionMismatch)"
         means = "an agent of this etha does not start here: workers of that version may live, and wait for theirs"
-        remedy = f"Start an agent of that version; or, once its workers have ended: rm {shlex.quote(paths.command)}*"
+        files = f"{shlex.quote(paths.command)}* {shlex.quote(paths.state)}*"
+        remedy = f"Start an agent of that version; or, once its workers have ended: rm {files}"
         return gate._replace(name="schema").broken(seen, means, remedy)
     means = (
         "a successor starts from nothing: workers that live get StaleHandle, and must make new clients"
