@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fake_driver import FakeDriver
 from harness import OWNER, PRELUDE, READER, Agent, Worker
+
+from etha.tensor_bus.ipc.cuda import Device
 
 
 @pytest.fixture
@@ -76,3 +79,17 @@ def owner(agent: Agent, start_worker: Callable[..., Worker]) -> Worker:
 def reader(owner: Worker, start_worker: Callable[..., Worker]) -> Worker:
     """A worker that subscribes to ``policy``."""
     return start_worker(setup=READER)
+
+
+@pytest.fixture
+def driver() -> Iterator[FakeDriver]:
+    """A CUDA driver that is none, in this process."""
+    made = FakeDriver()
+    yield made
+    made.shut()
+
+
+@pytest.fixture
+def device(driver: FakeDriver) -> Device:
+    """Its first device."""
+    return Device(driver, driver.uuids[0])

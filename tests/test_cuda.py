@@ -29,18 +29,6 @@ SIZES = {"legacy": (3 * GRANULARITY,), "fd": (GRANULARITY, 2 * GRANULARITY)}
 kinds = pytest.mark.parametrize("kind", SIZES)
 
 
-@pytest.fixture
-def driver() -> Iterator[FakeDriver]:
-    made = FakeDriver()
-    yield made
-    made.shut()
-
-
-@pytest.fixture
-def device(driver: FakeDriver) -> Device:
-    return Device(driver, driver.uuids[0])
-
-
 class Peer:
     """A script beside this one, as its own process, and the socket to it."""
 

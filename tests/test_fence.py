@@ -25,18 +25,6 @@ from etha.tensor_bus.ipc.fence import RELEASED, SLOT_BYTES, SLOTS, Fences, Fence
 
 
 @pytest.fixture
-def driver() -> Iterator[FakeDriver]:
-    made = FakeDriver()
-    yield made
-    made.shut()
-
-
-@pytest.fixture
-def device(driver: FakeDriver) -> Device:
-    return Device(driver, driver.uuids[0])
-
-
-@pytest.fixture
 def table() -> Iterator[FenceTable]:
     made = FenceTable()
     yield made

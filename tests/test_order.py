@@ -5,24 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fake_driver import FakeDriver
 
 from etha.errors import StreamCapturing
 from etha.tensor_bus.ipc.cuda import Device
 from etha.tensor_bus.ipc.fence import Fences, FenceTable
 from etha.tensor_bus.ipc.order import HOST_ORDER, StreamOrder, wait_until_reached
-
-
-@pytest.fixture
-def driver() -> Iterator[FakeDriver]:
-    made = FakeDriver()
-    yield made
-    made.shut()
-
-
-@pytest.fixture
-def device(driver: FakeDriver) -> Device:
-    return Device(driver, driver.uuids[0])
 
 
 @pytest.fixture
