@@ -44,7 +44,6 @@ KEYS = (
     outcome_key(CLIENT, 5),
     publication_key(1),
     version_key(1),
-    version_key(2),
     claim_key(CLIENT, 7),
     memory_key(1),
 )
