@@ -14,7 +14,7 @@ import pytest
 from samples import CLIENT, FAILURE, STATE, mutated
 
 from etha.errors import InvalidRecord, NoAgent, QueueFull, StaleHandle, SystemLimit
-from etha.tensor_bus import state, state_writer
+from etha.tensor_bus import state
 from etha.tensor_bus.journal import Journal
 from etha.tensor_bus.registry import Registry
 from etha.tensor_bus.state import (
@@ -160,7 +160,7 @@ def test_no_state_no_agent(path: str):
 
 
 def test_a_full_file_loses_nothing_and_goes_on(path: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(state_writer, "MAP_SIZE", 64 << 12)
+    monkeypatch.setattr(state, "MAP_SIZE", 64 << 12)
     writer = StateWriter(path)
     writer.write(RECORDS)
     big = {publication_key(n): STATE[0] for n in range(2, 5_000)}
@@ -249,7 +249,7 @@ def test_outcomes_of_a_client_are_bounded_and_go_with_it(journal: Journal, reade
 
 def test_what_cannot_be_written_now_is_written_later(path: str, monkeypatch: pytest.MonkeyPatch):
     """A full file is a delay: what had changed is not forgotten."""
-    monkeypatch.setattr(state_writer, "MAP_SIZE", 64 << 12)
+    monkeypatch.setattr(state, "MAP_SIZE", 64 << 12)
     writer = StateWriter(path)
     reader = StateReader(path)
     journal = Journal(writer, Registry())
