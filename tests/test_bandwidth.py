@@ -23,6 +23,14 @@ PROGRAM = Path(__file__).parent.parent / "benchmarks" / "bandwidth.py"
 NAMES = [name for group in groups("cpu", 1.0) for name in group.rows]
 
 
+@pytest.fixture(autouse=True)
+def sharing_strategy():
+    """What is looked at here sets it, for processes that are its own; this one has other tests to run."""
+    before = torch.multiprocessing.get_sharing_strategy()
+    yield
+    torch.multiprocessing.set_sharing_strategy(before)
+
+
 # -- the model ------------------------------------------------------------------------------------
 
 
