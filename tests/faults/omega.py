@@ -51,14 +51,23 @@ class Omega:
         self._queue = CommandQueue(self._paths)
         self._canaries = 0
         self._heard = ""
-        self.canary()
-        self._baseline = self._look()
+        self._baseline = self._at_rest()
         self._baseline["files"] = self._files()
         self._pages = self._last_page()
 
     def close(self) -> None:
         """Give the queue's file back."""
         self._queue.close()
+
+    def _at_rest(self) -> dict[str, Counter]:
+        """What stays the same over three canaries. An agent that has just followed another fetches descriptors that its
+        owners send as well, and closes what it has twice."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        looks: list[dict[str, Counter]] = []
+        while len(looks) < 3 or (looks[-3:] != 3 * looks[-1:] and time.monotonic() < deadline):
+            self.canary()
+            looks.append(self._look())
+        return looks[-1]
 
     def faults(self) -> list[str]:
         """Everything that is not as it must be, in words; empty when all is well."""
