@@ -111,7 +111,7 @@ class Sender:
                 pass  # the signal is on its way: it ends this loop
             # By kill(2) it has been delivered. Unless a finaliser was running, which swallows it, it is raised in here.
             for _ in range(100):
-                time.sleep(0)
+                pass
         except KeyboardInterrupt:
             return not finished
         return False

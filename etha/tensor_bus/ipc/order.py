@@ -3,7 +3,7 @@
 A client marks points of its work by numbers that grow (`Order.mark`); another's work is put behind such a point
 (`Order.follow`). On the host a call's work is done when the call returns, so there is nothing to mark and nothing to
 wait for: `HOST_ORDER`. On a device the work is what streams have been given: `StreamOrder`, over `fence`. No host waits
-for a device here.
+for a device here, but in `wait_until_reached`.
 """
 
 from __future__ import annotations
